@@ -1,0 +1,86 @@
+# make help lists what there is to do.
+PROFILE ?= atlas
+MODEL ?=
+DATA ?=
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+NAME := $(basename $(notdir $(PROFILE)))
+BUILD := build/$(NAME)
+HELPERS := $(wildcard helpers/*.py)
+NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
+EXECUTED := $(NOTEBOOKS:%=$(BUILD)/%.ipynb)
+RUN := $(BIN)/python -m helpers.headless
+
+# One notebook at a time: they share the processor's cores, and later ones read what earlier ones computed.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo "PROFILE=<name or path.toml>, MODEL=<hub id or folder> and DATA=<data> choose what to study."
+
+.PHONY: figures
+figures: $(EXECUTED) ## run the notebooks and draw every figure into figures/<profile>/
+
+.PHONY: test
+test: $(VENV)/installed ## run the unit tests, and every notebook through nbmake
+	DSTEER_FIGURES=$(CURDIR)/build/test/figures $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 tests notebooks
+
+.PHONY: lab
+lab: $(VENV)/installed ## open JupyterLab in the project's environment
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+.PHONY: bench
+bench: $(VENV)/installed ## measure extraction, steering and dose sweeps as ratios (benchmarks/README in the code)
+	$(BIN)/python -m benchmarks
+
+.PHONY: publish
+publish: figures ## copy the executed notebooks over notebooks/, and renew the README (for committing)
+	$(RUN) --publish $(NOTEBOOKS) --profile $(PROFILE)
+	$(BIN)/python -m helpers.readme
+
+.PHONY: readme
+readme: $(VENV)/installed ## write the README's figures and claims from figures/
+	$(BIN)/python -m helpers.readme
+
+.PHONY: lint
+lint: $(VENV)/installed ## check the code's style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: clean
+clean: ## remove executed notebooks and logs; what was trained stays cached
+	rm -rf build .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## remove the cache and the environment too
+	rm -rf artifacts $(VENV)
+
+# The environment, made once and again when the list of dependencies changes.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=<one>.")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+# A notebook runs again when it, a helper, the profile's file or MODEL= or DATA= has changed.
+$(BUILD)/%.ipynb: notebooks/%.ipynb $(HELPERS) $(VENV)/installed $(BUILD)/choice $(filter %.toml,$(PROFILE))
+	@$(RUN) $* --profile "$(PROFILE)" --model "$(MODEL)" --data "$(DATA)"
+
+$(BUILD)/choice: always
+	@mkdir -p $(@D)
+	@echo "$(PROFILE) $(MODEL) $(DATA)" | cmp -s - $@ || echo "$(PROFILE) $(MODEL) $(DATA)" > $@
+.PHONY: always
+
+# Which notebooks read what others show (tests/test_makefile.py compares this with the notebooks' code).
+$(BUILD)/01_derivation_check.ipynb: $(BUILD)/00_model_organism.ipynb
+$(BUILD)/02_dpo_lora.ipynb: $(BUILD)/00_model_organism.ipynb
+$(BUILD)/03_steering_vector.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb
+$(BUILD)/04_add_subtract.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
+$(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb

@@ -1,0 +1,172 @@
+"""Hidden states at chosen sites and positions for many prompts, in one pass.
+
+Only what is asked for is kept: each site is read by a hook that reduces a batch to one vector per sequence and
+position, so memory grows with prompts x sites x width and never with tokens. The unembedding is skipped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from helpers import models
+
+POSITIONS = ("prompt_last", "response_mean")
+MAX_BATCH_TOKENS = 4096  # padded tokens of one forward pass
+
+
+class Tokens(NamedTuple):
+    """The token ids of a prompt and of a response to it (empty where only the prompt is read)."""
+
+    prompt: list[int]
+    response: list[int] = []
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.response
+
+
+@torch.no_grad()
+def hidden_states(
+    model: nn.Module,
+    sequences: Sequence[Tokens],
+    sites: Sequence[str],
+    positions: Sequence[str] = ("prompt_last",),
+    progress: str | None = None,
+) -> dict[tuple[str, str], Tensor]:
+    """Read hidden states: {(site, position): (N, d) float32 on the CPU}, rows in the order of `sequences`.
+
+    `prompt_last` is the prompt's last token (the paper's choice), `response_mean` the mean over the response's tokens.
+    `progress` names a progress bar. Raises ValueError for an unknown site or position, a sequence that is empty, too
+    long or lacks the response asked for, and for non-finite states.
+    """
+    _check(model, sequences, positions)
+    rows = {(site, position): [None] * len(sequences) for site in sites for position in positions}
+    bar = tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False)
+    for indices in batches([len(s.ids) for s in sequences]):
+        inputs, attended = right_padded([sequences[i].ids for i in indices], model.device)
+        weights = {p: _weights(p, [sequences[i] for i in indices], inputs.shape[1], model.device) for p in positions}
+
+        def keep(site: str, states: Tensor, indices=indices, weights=weights) -> None:
+            for position, weight in weights.items():
+                for i, row in zip(indices, _reduce(states, weight)):
+                    rows[site, position][i] = row
+
+        with reading(model, sites, keep):
+            models.decoder(model)(input_ids=inputs, attention_mask=attended, use_cache=False)
+        bar.update(len(indices))
+    bar.close()
+    return {key: _finite(key, torch.stack(value)) for key, value in rows.items()}
+
+
+@contextmanager
+def reading(model: nn.Module, sites: Sequence[str], keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `keep(site, states)` with the states (batch, tokens, d) of each site at every forward pass inside."""
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(hooked(model, site, lambda states, site=site: keep(site, states)))
+        yield
+
+
+@contextmanager
+def hooked(model: nn.Module, site: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Pass the states of a site through `change` at every forward pass inside; returning None leaves them as they are.
+
+    Handles blocks that return a tensor and blocks that return a tuple. The hook is removed even after an exception.
+    """
+    layer = models.site_layer(model, site)
+    if layer is None:
+        handle = models.decoder(model).register_forward_hook(lambda _, __, output: _at_final(output, change))
+    elif layer == 0:
+        handle = models.blocks(model)[0].register_forward_pre_hook(
+            lambda _, args, kwargs: _at_input(args, kwargs, change), with_kwargs=True
+        )
+    else:
+        handle = models.blocks(model)[layer - 1].register_forward_hook(lambda _, __, output: _at_output(output, change))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def batches(lengths: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS) -> Iterator[list[int]]:
+    """Group indices of similar length so that a padded batch holds at most `max_tokens` (or one sequence)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and lengths[i] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def right_padded(ids: Sequence[list[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right: (inputs, attention mask), both (batch, tokens). Padding is masked, so its id is 0."""
+    width = max(map(len, ids))
+    inputs = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
+    attended = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+    return inputs, attended
+
+
+def _at_final(output, change):
+    changed = change(output[0])
+    if changed is not None:
+        output.last_hidden_state = changed
+    return output
+
+
+def _at_input(args, kwargs, change):
+    if args:
+        changed = change(args[0])
+        return None if changed is None else ((changed, *args[1:]), kwargs)
+    changed = change(kwargs["hidden_states"])
+    return None if changed is None else (args, {**kwargs, "hidden_states": changed})
+
+
+def _at_output(output, change):
+    if isinstance(output, Tensor):
+        return change(output)
+    changed = change(output[0])
+    return None if changed is None else (changed, *output[1:])
+
+
+def _weights(position: str, batch: Sequence[Tokens], width: int, device) -> Tensor:
+    """Which token of each sequence a position reads: an index (batch,), or averaging weights (batch, tokens)."""
+    if position == "prompt_last":
+        return torch.tensor([len(s.prompt) - 1 for s in batch], device=device)
+    spans = [(len(s.prompt), len(s.ids)) for s in batch]
+    rows = [[1 / (b - a) if a <= t < b else 0.0 for t in range(width)] for a, b in spans]
+    return torch.tensor(rows, device=device)
+
+
+def _reduce(states: Tensor, weight: Tensor) -> Tensor:
+    """(batch, tokens, d) -> (batch, d) in float32, by index or by averaging weights."""
+    if weight.ndim == 1:
+        return states[torch.arange(len(states), device=states.device), weight].float().cpu()
+    return torch.einsum("btd,bt->bd", states.float(), weight).cpu()
+
+
+def _check(model: nn.Module, sequences: Sequence[Tokens], positions: Sequence[str]) -> None:
+    unknown = [p for p in positions if p not in POSITIONS]
+    if unknown:
+        raise ValueError(f"Unknown position {unknown[0]!r}: choose from {', '.join(POSITIONS)}.")
+    models.check_lengths(model, [len(s.ids) if s.prompt else 0 for s in sequences])
+    if "response_mean" in positions:
+        for i, sequence in enumerate(sequences):
+            if not sequence.response:
+                raise ValueError(f"Sequence {i} has no response to average over: read it at prompt_last instead.")
+
+
+def _finite(key: tuple[str, str], states: Tensor) -> Tensor:
+    bad = (~states.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        site, position = key
+        raise ValueError(
+            f"The states at {site}, {position} are not finite for {len(bad)} of {len(states)} prompts (first: prompt "
+            f"{bad[0].item()}): load the model in float32, or drop those prompts."
+        )
+    return states

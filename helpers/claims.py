@@ -1,0 +1,156 @@
+"""The claims ledger: what the paper claims, what we predicted before measuring, what was measured, and a verdict.
+
+Regions come from the paper's own numbers where it gives any and were written before anything was measured; the verdict
+follows by rule from the measured interval alone.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+from helpers import figures
+from helpers.profiles import Profile
+
+VERDICTS = ("reproduced", "partly", "not reproduced", "cannot tell")
+INFINITY = math.inf
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, the one number that tests it and where that number must lie.
+
+    region: (low, high), both ends included. no_effect: the value that would mean nothing was found, None where the claim
+    is itself that nothing changes.
+    """
+
+    section: str
+    statement: str
+    metric: str
+    region: tuple[float, float]
+    no_effect: float | None
+    origin: str  # where the region comes from
+
+
+CLAIMS = {
+    "C1": Claim(
+        "2, 2.2",
+        "At a shared hidden state h, log pi(y_w) - log pi(y_l) = <h, e_w - e_l>.",
+        "largest relative error of the identity, single tokens",
+        (0.0, 1e-10), 1.0, "an identity: zero up to float64 rounding",
+    ),
+    "C2": Claim(
+        "2, 2.2, Fig. 1b",
+        "The DPO gradient at h is -beta sigma(-m) (e_w - e_l): one direction, whatever the prompt.",
+        "largest relative error of the closed form against autograd, single tokens",
+        (0.0, 1e-10), 1.0, "an identity: zero up to float64 rounding",
+    ),
+    "C3": Claim(
+        "2.2, Fig. 1a",
+        "After DPO the projection of h(x) on v = e_w - e_l rises across prompts.",
+        "share of held-out prompts whose projection on v_token rises",
+        (0.9, 1.0), 0.5, "the paper gives no number; ours: nine prompts in ten",
+    ),
+    "C4": Claim(
+        "2.3, Fig. 1c",
+        "Aligned states are h0 + lambda v*: one symmetric displacement of the base cloud.",
+        "share of ||h_dpo - h_base||^2 that v* explains on held-out prompts",
+        (0.79, 1.0), 0.0, "0.89 squared, from the smallest cosine of Fig. 3",
+    ),
+    "C5": Claim(
+        "3, Fig. 3",
+        "cos(h_dpo - h_base, v*) is close to one on held-out prompts at the final layer.",
+        "mean cosine on held-out prompts, v* from held-in ones",
+        (0.89, 1.0), 0.0, "Fig. 3: all values within about 0.89 to 1.0",
+    ),
+    "C6": Claim(
+        "2.3, Fig. 2a",
+        "base + lambda v* takes the base to the DPO model's behaviour at lambda = 1.",
+        "recovered share of the preferred behaviour at dose 1, final site",
+        (0.8, 1.2), 0.0, "Figs. 2a and 2b: 0.84 to 0.96 in four metrics",
+    ),
+    "C7": Claim(
+        "2.3, Fig. 2b",
+        "dpo - lambda v* takes the DPO model back to the base at about lambda = 1.",
+        "restored share of the preferred behaviour at dose 1, final site",
+        (0.8, 1.2), 0.0, "the text's 'near lambda = 1'; the numbers of Fig. 2b would give 1.5 and more",
+    ),
+    "C8": Claim(
+        "4.1",
+        "Delta H at the final layer is nearly rank one: sigma2/sigma1 < 0.1.",
+        "sigma2/sigma1 of the uncentred Delta H on held-out prompts, final site",
+        (0.0, 0.1), 1.0, "section 4.1's number",
+    ),
+    "C9": Claim(
+        "4, Fig. 4a",
+        "The spectral entropy of the DPO model's states lies below the base's in the late layers.",
+        "spectral entropy of H_dpo less that of H_base, nats, uncentred, final site",
+        (-INFINITY, -1e-9), 0.0, "the sign read off Fig. 4a",
+    ),
+    "C10": Claim(
+        "4, Fig. 4b",
+        "In the late layers the top singular value dominates and the 4th and 5th vanish.",
+        "sigma1 / sum sigma of the uncentred Delta H, last block",
+        (0.5, 1.0), 0.0, "'dominates' read as more than all others together",
+    ),
+    "C12": Claim(
+        "title, 5",
+        "Behaviour without belief: what the model knows is unchanged.",
+        "facts stated right by the DPO model less those of the base, held-out prompts",
+        (-0.05, 0.05), None, "the paper gives no number; ours: five points in a hundred",
+    ),
+}  # fmt: skip
+
+
+def verdict(low: float, high: float, claim: Claim) -> str:
+    """The verdict on an interval [low, high].
+
+    reproduced: all of it lies in the predicted region. cannot tell: it touches the region but also holds the value that
+    would mean no effect (or, where the claim is that nothing changes, reaches out of the region). partly: it lies
+    beyond no effect on the predicted side, but not all in the region. not reproduced: anything else.
+    """
+    inside_low, inside_high = claim.region
+    if inside_low <= low and high <= inside_high:
+        return "reproduced"
+    touches = low <= inside_high and inside_low <= high
+    if claim.no_effect is None:
+        return "cannot tell" if touches else "not reproduced"
+    if low <= claim.no_effect <= high:
+        return "cannot tell" if touches else "not reproduced"
+    predicted_above = (inside_low + inside_high) / 2 > claim.no_effect
+    found_above = low > claim.no_effect
+    return "partly" if predicted_above == found_above else "not reproduced"
+
+
+def record(
+    profile: Profile,
+    claim_id: str,
+    interval: tuple[float, float, float],
+    n: int,
+    notebook: str,
+    figure: str,
+    controls: dict[str, float] | None = None,
+) -> dict:
+    """Enter a measured (value, low, high) from n prompts or cases into the profile's claims.json; return the entry."""
+    claim = CLAIMS[claim_id]
+    value, low, high = (float(f"{x:.6g}") for x in interval)
+    if not all(map(math.isfinite, (value, low, high))) or not low <= value <= high:
+        raise ValueError(f"{claim_id}: ({value}, {low}, {high}) is not a finite value within its interval.")
+    entry = {
+        "id": claim_id, "section": claim.section, "statement": claim.statement, "metric": claim.metric,
+        "prediction": [None if math.isinf(end) else end for end in claim.region], "origin": claim.origin,
+        "value": value, "ci_low": low, "ci_high": high, "n": n, "seeds": [profile.seed],
+        "controls": {name: float(f"{x:.6g}") for name, x in (controls or {}).items()},
+        "verdict": verdict(low, high, claim), "notebook": notebook, "figure": figure,
+    }  # fmt: skip
+    ledger = {**load(profile), claim_id: entry}
+    path = figures.folder(profile) / "claims.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = {key: ledger[key] for key in CLAIMS if key in ledger}
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
+    return entry
+
+
+def load(profile: Profile) -> dict[str, dict]:
+    """The ledger of a profile by claim id; empty where nothing was recorded yet."""
+    path = figures.folder(profile) / "claims.json"
+    return json.loads(path.read_text()) if path.exists() else {}

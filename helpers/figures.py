@@ -1,0 +1,81 @@
+"""One style for all figures, and saving them with the numbers they draw, byte-stable."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from helpers import artifacts
+from helpers.profiles import Profile
+
+# One colour a thing in every figure (Okabe and Ito's palette: safe for colour-blind readers, distinct in greyscale).
+COLOURS = {
+    "base": "#555555",
+    "dpo": "#0072B2",
+    "steered": "#D55E00",
+    "desteered": "#009E73",
+    "token": "#CC79A7",
+    "random": "#B8B8B8",
+}
+LABELS = {
+    "base": "base",
+    "dpo": "DPO",
+    "steered": r"base $+\,\lambda v^*$",
+    "desteered": r"DPO $-\,\lambda v^*$",
+    "token": r"$\lambda v_{\rm token}$",
+    "random": "random, equal norm",
+}
+WIDTH = 7.0  # inches; every figure is this wide
+
+
+def use_style() -> None:
+    """Set matplotlib up for all figures of a notebook."""
+    sns.set_theme(context="paper", style="ticks", font="DejaVu Sans", font_scale=1.05)
+    plt.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "axes.titlesize": "medium",
+            "axes.titlelocation": "left",
+        }
+    )
+
+
+def save_figure(
+    figure: Figure, profile: Profile, name: str, caption: str, claims: Sequence[str], numbers: dict, notebook: str
+) -> None:
+    """Write `<name>.png` and `<name>.json` (caption, claim ids, notebook, the numbers drawn) into the profile's folder.
+
+    numbers: what the figure draws, by curve or panel; arrays become lists. The bytes depend on nothing else.
+    """
+    target = folder(profile)
+    target.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target / f"{name}.png", metadata={"Software": None})
+    about = {"caption": " ".join(caption.split()), "claims": list(claims), "notebook": notebook, "numbers": numbers}
+    (target / f"{name}.json").write_text(json.dumps(about, indent=1, sort_keys=True, default=_plain) + "\n")
+
+
+def folder(profile: Profile) -> Path:
+    """Where a profile's figures go: `figures/<profile>/` in the project, or below the folder DSTEER_FIGURES names."""
+    return artifacts.folder_from("DSTEER_FIGURES", "figures") / profile.name
+
+
+def band(axes, x, low, high, role: str) -> None:
+    """Shade an interval in a role's colour."""
+    axes.fill_between(x, low, high, color=COLOURS[role], alpha=0.18, linewidth=0)
+
+
+def _plain(value):
+    """Arrays, tensors and numpy scalars as lists and numbers, rounded to what a reader or a test could use."""
+    array = np.asarray(value)
+    if array.dtype.kind == "f":
+        array = np.array([float(f"{x:.6g}") for x in array.ravel()]).reshape(array.shape)
+    return array.tolist()

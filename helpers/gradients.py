@@ -1,0 +1,94 @@
+"""The closed forms of the paper's section 2, and what they leave out, for checking against autograd.
+
+Symbols: h, the vector that the unembedding reads, (d,); W, the unembedding, (vocabulary, d), with rows e_y; beta, the
+DPO temperature; m, the beta-scaled and reference-corrected margin; sigma, the logistic function. Logits are W h.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def log_ratio(h: Tensor, W: Tensor, w: int, l: int) -> Tensor:
+    """log pi(y_w|h) - log pi(y_l|h) = <h, e_w - e_l> for single tokens w, l: the log-partition cancels (C1)."""
+    return h @ (W[w] - W[l])
+
+
+def single_token_margin(h: Tensor, h_ref: Tensor, W: Tensor, w: int, l: int, beta: float) -> Tensor:
+    """m = beta * (log-ratio at h - log-ratio at the reference's h_ref), for single-token completions (section 2.2)."""
+    return beta * (log_ratio(h, W, w, l) - log_ratio(h_ref, W, w, l))
+
+
+def single_token_gradient(h: Tensor, h_ref: Tensor, W: Tensor, w: int, l: int, beta: float) -> Tensor:
+    """grad_h L_DPO = -beta * sigma(-m) * (e_w - e_l): always along e_w - e_l, wherever h is (C2)."""
+    m = single_token_margin(h, h_ref, W, w, l, beta)
+    return -beta * torch.sigmoid(-m) * (W[w] - W[l])
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+    """The mean sigmoid DPO loss, -log sigma(m), from log-probabilities summed over each completion's tokens, (N,)."""
+    return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+
+
+def completion_logp(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """Sum over t of log pi(y_t | h_t), with h (T, d) and targets (T,)."""
+    return torch.log_softmax(h @ W.T, dim=-1).gather(1, targets[:, None]).sum()
+
+
+def expected_embedding(h: Tensor, W: Tensor) -> Tensor:
+    """E_{y ~ pi(.|h_t)}[e_y], for h (T, d): (T, d)."""
+    return torch.softmax(h @ W.T, dim=-1) @ W
+
+
+class Branch(NamedTuple):
+    """One completion as the loss sees it: the states that predict it, (T, d), and its tokens, (T,)."""
+
+    h: Tensor
+    targets: Tensor
+
+
+def completion_gradients(
+    chosen: Branch, rejected: Branch, W: Tensor, ref_margin: Tensor | float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """grad of the DPO loss of whole completions at every state that predicts a token, chosen (T_w, d), rejected (T_l, d).
+
+    -+ beta * sigma(-m) * (e_{y_t} - E_{y ~ pi(.|h_t)}[e_y]): minus for the chosen branch, plus for the rejected. The
+    expected embedding no longer cancels, and h_t differs between the branches. `ref_margin` is the reference's
+    log-probability of the chosen completion less that of the rejected one.
+    """
+    margin = completion_logp(chosen.h, W, chosen.targets) - completion_logp(rejected.h, W, rejected.targets)
+    strength = beta * torch.sigmoid(-beta * (margin - ref_margin))
+    towards = [W[branch.targets] - expected_embedding(branch.h, W) for branch in (chosen, rejected)]
+    return -strength * towards[0], strength * towards[1]
+
+
+def rms_norm_jacobian(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """d RMSNorm(x) / dx = diag(gain) (I / r - x x^T / (d r^3)), r = sqrt(mean(x^2) + eps), for x (d,): (d, d)."""
+    r = (x.pow(2).mean() + eps).sqrt()
+    return gain[:, None] * (torch.eye(len(x), dtype=x.dtype) / r - torch.outer(x, x) / (len(x) * r**3))
+
+
+def layer_norm_jacobian(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """d LayerNorm(x) / dx = diag(gain) (I - 1 1^T / d - z z^T / d) / s, with z = (x - mean) / s, s = sqrt(var + eps)."""
+    d = len(x)
+    s = (x.var(correction=0) + eps).sqrt()
+    z = (x - x.mean()) / s
+    return gain[:, None] * (torch.eye(d, dtype=x.dtype) - 1 / d - torch.outer(z, z) / d) / s
+
+
+def first_difference(chosen: list[int], rejected: list[int]) -> int:
+    """The first index at which two completions differ: up to there both are scored from the same states."""
+    for t, (a, b) in enumerate(zip(chosen, rejected)):
+        if a != b:
+            return t
+    if len(chosen) == len(rejected):
+        raise ValueError("The two completions are the same: a preference pair must differ somewhere.")
+    return min(len(chosen), len(rejected))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||, in float64."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()

@@ -1,0 +1,149 @@
+"""Run a notebook headlessly with papermill: `python -m helpers.headless 02_dpo_lora --profile atlas`.
+
+The executed notebook appears in build/<profile>/ only when every cell has run. Until then it is `<name>.partial.ipynb`,
+beside `<name>.log` with all that the cells printed; both stay after a failure.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+import nbformat
+import papermill
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+
+from helpers import artifacts, profiles
+
+NOTEBOOKS = artifacts.PROJECT / "notebooks"
+DEFAULT_PROFILE = "atlas"
+SHOWN_LINES = 12  # of a failed cell
+
+
+class Tee:
+    """Writes to the terminal and to a log."""
+
+    def __init__(self, *streams: TextIO):
+        self.streams = streams
+
+    def write(self, text: str) -> None:
+        for stream in self.streams:
+            stream.write(text)
+
+    def flush(self) -> None:
+        for stream in self.streams:
+            stream.flush()
+
+
+def run(name: str, parameters: dict[str, str], folder: Path) -> Path:
+    """Execute notebooks/<name>.ipynb and return the finished copy in `folder`. Raises PapermillExecutionError.
+
+    parameters: those that differ from the notebook's own, so that a default run needs no injected cell.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finished, partial, log = (folder / f"{name}{end}" for end in (".ipynb", ".partial.ipynb", ".log"))
+    finished.unlink(missing_ok=True)
+    with log.open("w") as file:
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{name}.ipynb", partial, parameters, cwd=NOTEBOOKS, progress_bar=False,
+            stdout_file=Tee(file), stderr_file=Tee(sys.stderr, file),
+        )  # fmt: skip
+    notebook = nbformat.read(partial, as_version=4)
+    nbformat.write(tidied(notebook), partial)
+    partial.rename(finished)
+    return finished
+
+
+def tidied(notebook: NotebookNode) -> NotebookNode:
+    """Drop what should not be kept: progress bars, timings and paths in the metadata. Warnings and errors stay."""
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
+    for cell in notebook.cells:
+        cell.metadata = {key: cell.metadata[key] for key in ("tags",) if cell.metadata.get(key)}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in map(_without_bars, cell.outputs) if output is not None]
+    return notebook
+
+
+def _without_bars(output: NotebookNode) -> NotebookNode | None:
+    if output.output_type != "stream" or output.name != "stderr":
+        return output
+    pieces = re.split(r"[\r\n]+", output.text)
+    kept = [piece for piece in pieces if piece.strip() and not re.search(r"\d+%\|.*\[.*\]", piece)]
+    output.text = "\n".join(kept)
+    return output if kept else None
+
+
+def explain(name: str, error: PapermillExecutionError, folder: Path) -> str:
+    """What failed, in one screen."""
+    source = error.source.strip().splitlines()
+    shown = source if len(source) <= SHOWN_LINES else [*source[:SHOWN_LINES], "..."]
+    lines = [
+        f"Notebook {name} failed in code cell {error.exec_count}:",
+        "",
+        *(f"    {line}" for line in shown),
+        "",
+        f"{error.ename}: {error.evalue}",
+        "",
+        f"All that it printed: {_relative(folder / name)}.log",
+        f"All that it had run: {_relative(folder / name)}.partial.ipynb",
+        "What was computed before is kept: mend the cause and run the same command again.",
+    ]
+    return "\n".join(lines)
+
+
+def publish(names: list[str], folder: Path) -> None:
+    """Copy executed notebooks over their sources, so that the committed ones carry the outputs of a real run.
+
+    The executed copies are touched afterwards, since nothing in them is out of date.
+    """
+    for name in names:
+        shutil.copyfile(folder / f"{name}.ipynb", NOTEBOOKS / f"{name}.ipynb")
+        (folder / f"{name}.ipynb").touch()
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(artifacts.PROJECT)) if path.is_relative_to(artifacts.PROJECT) else str(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", help="notebooks, without .ipynb")
+    parser.add_argument("--profile", default=DEFAULT_PROFILE)
+    parser.add_argument("--model", default="", help="replaces the profile's model: a hub id or a folder")
+    parser.add_argument("--data", default="", help="replaces the profile's preference data")
+    parser.add_argument("--publish", action="store_true", help="copy executed notebooks over their sources instead")
+    given = parser.parse_args()
+    try:
+        profile = profiles.load(given.profile, given.model, given.data)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    folder = artifacts.PROJECT / "build" / profile.name
+    if given.publish:
+        publish(given.names, folder)
+        return 0
+    wanted = {"PROFILE": _absolute(given.profile), "MODEL": _absolute(given.model), "DATA": given.data}
+    parameters = {key: value for key, value in wanted.items() if value not in ("", DEFAULT_PROFILE)}
+    for name in given.names:
+        started = time.monotonic()
+        print(f"{name} ({profile.name}) ...", file=sys.stderr, flush=True)
+        try:
+            run(name, parameters, folder)
+        except PapermillExecutionError as error:
+            print(explain(name, error, folder), file=sys.stderr)
+            return 1
+        print(f"{name} ({profile.name}) done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return 0
+
+
+def _absolute(given: str) -> str:
+    """A path that exists, made absolute, since notebooks run in their own folder; anything else as it is."""
+    return str(Path(given).resolve()) if given and Path(given).exists() else given
+
+
+if __name__ == "__main__":
+    sys.exit(main())

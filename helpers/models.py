@@ -1,0 +1,189 @@
+"""Loading a base model and its DPO partner, and knowing where an architecture keeps its parts.
+
+Sites follow one scheme for every architecture: `resid[l]`, l = 0..L, is the residual stream after block l (0: what
+enters the first block), before any final norm; `final` is the vector that the unembedding reads, after the final norm:
+the paper's h.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()  # transformers' own bars; ours say what takes long
+
+FINAL = "final"
+ROLES = ("base", "dpo")
+
+
+@dataclass
+class Pair:
+    """A base model and its DPO partner as one loaded model: the adapter off (`base`) or on (`dpo`)."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @contextmanager
+    def role(self, role: str) -> Iterator[PeftModel]:
+        """Yield the model playing `base` or `dpo`; afterwards the adapter is on again."""
+        if role not in ROLES:
+            raise ValueError(f"Unknown role {role!r}: a pair plays {' or '.join(ROLES)}.")
+        if role == "dpo":
+            yield self.model
+        else:
+            with self.model.disable_adapter():
+                yield self.model
+
+
+def load(source: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM and its tokenizer from a local folder or a hub id, `@revision` allowed, for evaluation.
+
+    No code from the model's repository is run and only safetensors are read. Raises FileNotFoundError or ValueError
+    with one sentence that names the source and the remedy.
+    """
+    name, _, revision = str(source).partition("@")
+    kwargs = {"revision": revision or None, "trust_remote_code": False}
+    if _looks_local(name) and not Path(name).is_dir():
+        raise FileNotFoundError(f"The model folder {name} does not exist: give an existing folder or a hub id.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load(name, error)) from error
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        raise ValueError(f"The tokenizer of {name} has more tokens than the model has embeddings: they do not belong together.")
+    ensure_pad_token(tokenizer)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_pair(source: str | Path, adapter: str | Path, dtype: str = "float32") -> Pair:
+    """Load a base model with its DPO partner as a PEFT adapter. Raises ValueError where the adapter does not fit."""
+    model, tokenizer = load(source, dtype)
+    try:
+        pair = PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"The adapter {Path(adapter).name} does not fit the base model {Path(source).name} ({reason}): "
+            "train it on this base, or name the base it was trained on."
+        ) from error
+    return Pair(pair.eval().requires_grad_(False), tokenizer)
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a pad token its end-of-sequence token; attention masks keep the two apart."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer of {tokenizer.name_or_path} has neither a pad nor an end-of-sequence token: "
+                "set one in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def identity(source: str | Path) -> str:
+    """What decides a loaded model's content: checksums of a local folder's files, or a hub id as it was given."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(source)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"}):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def signature(model: nn.Module) -> dict:
+    """What a steering vector must find again in a model: its architecture, its sizes and its unembedding's checksum."""
+    config = causal_lm(model).config.get_text_config()
+    weight = unembedding(model).weight.detach().to("cpu", torch.float32).contiguous()
+    return {
+        "architecture": type(causal_lm(model)).__name__,
+        "width": config.hidden_size,
+        "layers": len(blocks(model)),
+        "unembedding": hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, without a PEFT wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def decoder(model: nn.Module) -> PreTrainedModel:
+    """The model without its unembedding; its `last_hidden_state` is the site `final` in every architecture."""
+    return causal_lm(model).base_model
+
+
+def unembedding(model: nn.Module) -> nn.Linear:
+    """The output embedding W_U, of shape (vocabulary, width): logit(y) = <h, e_y>, e_y its row y."""
+    return causal_lm(model).get_output_embeddings()
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, in order. Raises ValueError where they cannot be found for sure."""
+    n_layers = causal_lm(model).config.get_text_config().num_hidden_layers
+    lists = [
+        (name.count("."), module)
+        for name, module in decoder(model).named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    if not lists:
+        raise ValueError(f"No list of {n_layers} blocks in {type(causal_lm(model)).__name__}: this architecture is not supported.")
+    return min(lists, key=lambda item: item[0])[1]
+
+
+def sites(model: nn.Module) -> list[str]:
+    """All sites of a model in order of depth: resid[0], ..., resid[L], final."""
+    return [f"resid[{layer}]" for layer in range(len(blocks(model)) + 1)] + [FINAL]
+
+
+def site_layer(model: nn.Module, site: str) -> int | None:
+    """The l of `resid[l]`, None for `final`. Raises ValueError for a site the model does not have."""
+    if site == FINAL:
+        return None
+    match = re.fullmatch(r"resid\[(\d+)\]", site)
+    if not match or int(match[1]) > len(blocks(model)):
+        raise ValueError(f"Unknown site {site!r}: this model has resid[0] to resid[{len(blocks(model))}] and final.")
+    return int(match[1])
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence the model takes in tokens, None where its configuration names no limit."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_lengths(model: nn.Module, lengths: list[int]) -> None:
+    """Raise ValueError if a sequence of these lengths (in tokens) is empty or longer than the model's context."""
+    limit = context_length(model)
+    for i, length in enumerate(lengths):
+        if length == 0:
+            raise ValueError(f"Prompt {i} is empty: give it at least one token.")
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"Prompt {i} needs {length} tokens and the model's context holds {limit}: shorten it or drop it."
+            )
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    if Path(name).is_dir():
+        if not list(Path(name).glob("*.safetensors")):
+            return f"The model folder {name} holds no safetensors: convert its weights; pickled ones are not read."
+        return f"The model folder {name} cannot be loaded: {str(error).splitlines()[0]}"
+    return (
+        f"The model {name} is not a local folder and cannot be had from the Hugging Face hub: check the id, your network "
+        "and your access, or give a local copy with MODEL=<folder>."
+    )

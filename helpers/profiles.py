@@ -1,0 +1,159 @@
+"""A profile says what to study: the model, its preference data, the DPO recipes and how much to measure.
+
+A profile is data: a built-in one by name, or a TOML file that extends a built-in one. Nothing in it can execute.
+"""
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
+
+
+@dataclass(frozen=True)
+class Organism:
+    """The embedded organism: its world, its size and how it is pretrained (helpers/atlas.py, training.pretrain)."""
+
+    places: int = 100
+    corpus: int = 42_000  # question-answer pairs, each read once
+    vocabulary: int = 704
+    width: int = 128
+    layers: int = 4
+    batch_size: int = 24
+    learning_rate: float = 3e-3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a DPO partner is trained (TRL's DPOTrainer, a PEFT LoRA adapter on every linear layer of the blocks)."""
+
+    beta: float = 1.0  # the paper's
+    learning_rate: float = 1e-3
+    epochs: int = 2
+    batch_size: int = 32
+    rank: int = 8
+    nll_weight: float = 0.0  # weight of an added NLL term on the chosen answers; 0 is plain sigmoid DPO
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a DPO partner must show on validation prompts to be called healthy. Thresholds, fixed before measuring."""
+
+    min_reward_accuracy: float = 0.95
+    min_preferred: float = 0.8
+    max_fact_loss: float = 0.05  # where facts are known by rule
+    min_well_formed: float = 0.97  # where well-formedness is known by rule
+    max_perplexity_ratio: float = 2.0  # where it is not: perplexity under the base, against the base's own samples
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts each split holds, and how long and how often the model answers."""
+
+    heldin: int = 1000
+    validation: int = 180
+    heldout: int = 240
+    new_tokens: int = 40
+    samples_per_prompt: int = 8  # on-policy pairs only
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One study. `model` and `data` are the embedded ones, a Hugging Face hub id (`@revision` allowed) or a local path.
+
+    data: "atlas:<family>" (the organism's preference families) or "onpolicy:vader" (story continuations sampled from
+    the model itself, the happiest and the saddest by VADER as chosen and rejected).
+    recipes: tried in this order on validation prompts; the first healthy one is taken.
+    """
+
+    name: str
+    model: str = EMBEDDED
+    data: str = "atlas:tone"
+    seed: int = 0
+    dtype: str = "float32"
+    organism: Organism = Organism()
+    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(beta=0.3), Recipe(beta=0.3, nll_weight=0.2))
+    health: Health = Health()
+    sizes: Sizes = Sizes()
+    doses: tuple[float, ...] = field(default=tuple(x / 4 for x in range(-4, 5)) + (-3.0, -2.0, -1.5, 1.5, 2.0, 3.0))
+
+    def __post_init__(self):
+        object.__setattr__(self, "doses", tuple(sorted(self.doses)))
+        if 0.0 not in self.doses or 1.0 not in self.doses:
+            raise ValueError(f"Profile {self.name!r}: doses must contain 0 and 1, the base and one whole v*.")
+        if not self.recipes:
+            raise ValueError(f"Profile {self.name!r}: recipes must name at least one DPO recipe.")
+
+
+BUILT_IN = {
+    profile.name: profile
+    for profile in (
+        Profile("atlas"),
+        Profile(
+            "tinystories",
+            model="raincandy-u/TinyStories-656K",
+            data="onpolicy:vader",
+        ),
+    )
+}
+
+
+def load(name_or_path: str, model: str | None = None, data: str | None = None) -> Profile:
+    """Return a built-in profile by name or one from a TOML file, its model and data replaced where given.
+
+    A TOML file holds the fields of Profile, tables for its parts and `extends = "<built-in name>"`. Raises ValueError
+    or FileNotFoundError with one sentence that names what is wrong and what would be right.
+    """
+    if name_or_path.endswith(".toml"):
+        profile = _from_toml(Path(name_or_path))
+    elif name_or_path in BUILT_IN:
+        profile = BUILT_IN[name_or_path]
+    else:
+        raise ValueError(
+            f"Unknown profile {name_or_path!r}: give one of {', '.join(BUILT_IN)}, or the path of a .toml file."
+        )
+    return replace(profile, **{key: value for key, value in {"model": model, "data": data}.items() if value})
+
+
+def _from_toml(path: Path) -> Profile:
+    if not path.is_file():
+        raise FileNotFoundError(f"The profile file {path} does not exist: give its path from the project's folder.")
+    try:
+        table = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"The profile file {path} is not valid TOML: {error}.") from error
+    parent = table.pop("extends", "atlas")
+    if parent not in BUILT_IN:
+        raise ValueError(f"{path}: extends = {parent!r} is not a built-in profile ({', '.join(BUILT_IN)}).")
+    return _merge(BUILT_IN[parent], {"name": path.stem, **table}, where=str(path))
+
+
+def _merge(base, table: dict, where: str):
+    """Replace a dataclass's fields by a TOML table's, each checked against its declared type."""
+    types = typing.get_type_hints(type(base))
+    unknown = sorted(set(table) - set(types))
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; there are {', '.join(f.name for f in fields(base))}.")
+    changes = {
+        key: _convert(types[key], getattr(base, key), value, f"{where}: {key}") for key, value in table.items()
+    }
+    return replace(base, **changes)
+
+
+def _convert(expected, current, value, where: str):
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a table, got {value!r}.")
+        return _merge(current, value, where)
+    if typing.get_origin(expected) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}.")
+        item = typing.get_args(expected)[0]
+        return tuple(_convert(item, item() if dataclasses.is_dataclass(item) else None, v, where) for v in value)
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise ValueError(f"{where} must be of type {expected.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,73 @@
+"""Spectra of states and displacements: what the paper's section 4 measures, with definitions and nulls.
+
+H is (N, d), a row an example. "Centred" means that the mean row was taken off. An uncentred matrix with a large mean
+is near rank one by construction, so everything is given both ways and beside a null.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of a matrix, largest first, in float64, and its right singular vectors, (k, d)."""
+
+    values: Tensor
+    directions: Tensor
+
+    @property
+    def ratio(self) -> float:
+        """sigma_2 / sigma_1 (section 4.1: below 0.1 "typically")."""
+        return (self.values[1] / self.values[0]).item()
+
+    @property
+    def shares(self) -> Tensor:
+        """p_k = sigma_k^2 / sum sigma^2: the share of the squared Frobenius norm that direction k holds."""
+        return self.values.square() / self.values.square().sum()
+
+    @property
+    def entropy(self) -> float:
+        """Spectral entropy: the Shannon entropy of p_k, in nats. Undefined in the paper; this is our definition."""
+        p = self.shares[self.shares > 0]
+        return -(p * p.log()).sum().item()
+
+    @property
+    def effective_rank(self) -> float:
+        """exp(entropy): k equal singular values give k (Roy and Vetterli 2007, on the squared values)."""
+        return float(torch.tensor(self.entropy).exp())
+
+    def mass(self, k: int) -> Tensor:
+        """sigma_j / sum sigma for the first k: the normalisation of our Figure 4b, (k,)."""
+        return (self.values / self.values.sum())[:k]
+
+
+def spectrum(H: Tensor, centred: bool = False) -> Spectrum:
+    """The spectrum of H, (N, d). Raises ValueError where fewer than two rows or columns, or only zeros, are given."""
+    H = H.double()
+    if min(H.shape) < 2:
+        raise ValueError(f"A spectrum needs at least two rows and two columns, got {tuple(H.shape)}.")
+    if centred:
+        H = H - H.mean(0)
+    if not H.any():
+        raise ValueError("All rows are zero (or equal, when centred): there is no spectrum to speak of.")
+    _, values, directions = torch.linalg.svd(H, full_matrices=False)
+    return Spectrum(values, directions)
+
+
+def random_displacements(norms: Tensor, d: int, seed: int) -> Tensor:
+    """The null: isotropic displacements, one a row, with exactly these norms, (N,) -> (N, d)."""
+    directions = torch.randn(len(norms), d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return directions * (norms.double() / directions.norm(dim=1))[:, None]
+
+
+def cosines(rows: Tensor, v: Tensor) -> Tensor:
+    """cos(row, v) for every row of (N, d), in float64."""
+    return torch.nn.functional.cosine_similarity(rows.double(), v.double()[None], dim=1)
+
+
+def example_mass(H: Tensor, directions: Tensor) -> Tensor:
+    """The share of each row's squared norm that lies along each unit direction: (N, d), (k, d) -> (N, k)."""
+    H = H.double()
+    return (H @ directions.T).square() / H.square().sum(1, keepdim=True)

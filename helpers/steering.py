@@ -1,0 +1,122 @@
+"""Steering: add lambda * v to the hidden states of a site, and keep v with all that is needed to use it elsewhere."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from helpers import activations, models
+
+
+@contextmanager
+def added(model: nn.Module, site: str, delta: Tensor, start: int | Tensor = 0) -> Iterator[None]:
+    """Add `delta` to the states of a site at every forward pass inside: h <- h + delta (section 2.3, delta = lambda v).
+
+    delta: (d,) for every row of the batch, or (batch, d), one a row, so that many doses run in one batch.
+    start: the first token position that is steered, one for all rows or (batch,), counted from the start of the padded
+    sequence, with a KV cache too. Where delta is exactly zero, not one bit changes. Raises ValueError for an unknown
+    site, a delta of another width, and a non-finite delta.
+    """
+    _check_delta(model, site, delta)
+    seen = _Positions()
+
+    def change(states: Tensor) -> Tensor:
+        rows = delta.to(states).unsqueeze(-2)  # (1, d) or (batch, 1, d)
+        positions = torch.arange(seen.offset, seen.offset + states.shape[1], device=states.device)
+        steered = positions >= torch.as_tensor(start, device=states.device).unsqueeze(-1)  # (tokens,) or (batch, tokens)
+        return torch.where(steered[..., None] & (rows != 0), states + rows, states)
+
+    handle = models.decoder(model).register_forward_pre_hook(seen.update, with_kwargs=True)
+    try:
+        with activations.hooked(model, site, change):
+            yield
+    finally:
+        handle.remove()
+
+
+class _Positions:
+    """Where the tokens of the current forward pass start: after those that the KV cache already holds."""
+
+    offset = 0
+
+    def update(self, _, args, kwargs) -> None:
+        cached = kwargs.get("past_key_values")
+        self.offset = cached.get_seq_length() if cached is not None else 0
+
+
+def _check_delta(model: nn.Module, site: str, delta: Tensor) -> None:
+    models.site_layer(model, site)
+    width = models.causal_lm(model).config.get_text_config().hidden_size
+    if delta.shape[-1] != width:
+        raise ValueError(f"A vector of width {delta.shape[-1]} does not fit a model of width {width}.")
+    if not delta.isfinite().all():
+        raise ValueError("The vector to add is not finite: estimate it again from finite states.")
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """A direction v at a site: v* (the mean displacement h_dpo - h_base over prompts), v_token or any other.
+
+    vector: (d,), float32. signature: what the model must be for v to mean anything (models.signature). profile: the
+    profile's name and hash. `state_norm` is the mean norm of the base states that it moves.
+    """
+
+    vector: Tensor
+    site: str
+    position: str
+    name: str
+    signature: dict
+    dtype: str
+    state_norm: float
+    n_prompts: int
+    profile: str
+    profile_hash: str
+    norm: float = field(init=False)
+
+    def __post_init__(self):
+        if self.vector.ndim != 1 or not self.vector.isfinite().all():
+            raise ValueError(f"A steering vector must be one finite vector, got shape {tuple(self.vector.shape)}.")
+        object.__setattr__(self, "norm", self.vector.norm().item())
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise ValueError unless this is the model, or an adapter on it, that the vector was estimated on."""
+        found = models.signature(model)
+        for key, expected in self.signature.items():
+            if found[key] != expected:
+                raise ValueError(
+                    f"The steering vector {self.name} does not fit this model: {key} is {found[key]}, it was estimated "
+                    f"with {expected}. Load that model, or estimate the vector again on this one."
+                )
+
+    @contextmanager
+    def applied(self, model: nn.Module, dose: float = 1.0, start: int | Tensor = 0) -> Iterator[None]:
+        """Add dose * v at its site inside the context (see `added`), to a model that it fits."""
+        self.check_fits(model)
+        with added(model, self.site, dose * self.vector, start):
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Write `<name>.safetensors` and `<name>.json` into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"vector": self.vector.contiguous()}, folder / f"{self.name}.safetensors")
+        about = {key: value for key, value in asdict(self).items() if key != "vector"}
+        (folder / f"{self.name}.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "SteeringVector":
+        """Read what `save` wrote. Raises FileNotFoundError or ValueError that names the file."""
+        about_path, vector_path = folder / f"{name}.json", folder / f"{name}.safetensors"
+        for path in (about_path, vector_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"The steering vector file {path} does not exist: save the vector first.")
+        about = json.loads(about_path.read_text())
+        norm = about.pop("norm")
+        loaded = cls(vector=load_file(vector_path)["vector"], **about)
+        if abs(loaded.norm - norm) > 1e-5 * norm:
+            raise ValueError(f"The files of the steering vector {name} do not belong together: their norms differ.")
+        return loaded

@@ -1,0 +1,363 @@
+"""A study: one profile's stages, from the base model to steered answers, each computed once and cached.
+
+Notebooks ask a study for a stage and get it at once, or after it has been computed, whichever notebook is opened first.
+One model is in memory: the base, or the pair that contains it (the adapter off or on).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers import (
+    activations,
+    artifacts,
+    atlas,
+    generation,
+    gradients,
+    metrics,
+    models,
+    preferences,
+    profiles,
+    steering,
+    training,
+)
+from helpers.activations import Tokens
+from helpers.artifacts import Artifact
+from helpers.models import FINAL, Pair
+from helpers.preferences import Example
+from helpers.profiles import Health, Profile, Recipe
+from helpers.steering import SteeringVector
+
+# The notebook that shows each stage; the Makefile's edges follow from it (tests/test_makefile.py).
+SHOWN_IN = {
+    "base": "00_model_organism",
+    "examples": "00_model_organism",
+    "encoded": "00_model_organism",
+    "trials": "02_dpo_lora",
+    "chosen": "02_dpo_lora",
+    "pair": "02_dpo_lora",
+    "states": "03_steering_vector",
+    "displacements": "03_steering_vector",
+    "vector": "03_steering_vector",
+    "token_vector": "03_steering_vector",
+    "sweep": "04_add_subtract",
+    "likelihood_sweep": "04_add_subtract",
+}
+
+
+def load(profile: str, model: str | None = None, data: str | None = None) -> "Study":
+    """The study of a profile (a built-in name or a .toml path), its model and data replaced where given."""
+    return Study(profiles.load(profile, model, data))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One DPO recipe tried: its adapter, its training log (a row a step) and its health on validation prompts."""
+
+    recipe: Recipe
+    adapter: Artifact
+    measured: dict[str, float]
+    failed: list[str]
+
+    @property
+    def log(self) -> pd.DataFrame:
+        return pd.read_csv(self.adapter.path / "log.csv")
+
+
+class Study:
+    """The stages of one profile. Every method returns the same values in every session on one machine."""
+
+    def __init__(self, profile: Profile):
+        self.profile = profile
+        self.task = preferences.task(profile)
+        self.hash = hashlib.sha256(json.dumps(asdict(profile), sort_keys=True).encode()).hexdigest()[:16]
+
+    # --- The base model and its preference data ---
+
+    @cached_property
+    def source(self) -> Artifact:
+        """Where the base model comes from: pretrained here, a folder, or a hub id."""
+        if self.profile.model != profiles.EMBEDDED:
+            return Artifact(Path(self.profile.model), models.identity(self.profile.model))
+        spec, seed = self.profile.organism, self.profile.seed
+        return artifacts.fetch(
+            "organism",
+            {"spec": asdict(spec), "seed": seed},
+            lambda folder: training.pretrain(spec, seed, folder),
+            code=[atlas, training.pretrain, training.build_model, training.build_tokenizer],
+        )
+
+    @cached_property
+    def _loaded_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return models.load(self.source.path, self.profile.dtype)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model, alone."""
+        return self._loaded_base[0]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._loaded_base[1]
+
+    @cached_property
+    def _examples(self) -> Artifact:
+        def write(folder: Path) -> None:
+            found = self.task.examples(self.base, self.tokenizer)
+            rows = {split: [asdict(example) for example in examples] for split, examples in found.items()}
+            (folder / "examples.json").write_text(json.dumps(rows))
+
+        params = {"data": self.profile.data, "seed": self.profile.seed, "sizes": asdict(self.profile.sizes)}
+        return artifacts.fetch("examples", params, write, [self.source], [atlas, preferences, generation])
+
+    @cached_property
+    def examples(self) -> dict[str, list[Example]]:
+        """The preference pairs of each split; no prompt is in two splits."""
+        rows = self._examples.read_json("examples.json")
+        return {split: [preferences.example_from(row) for row in rows[split]] for split in preferences.SPLITS}
+
+    def encoded(self, split: str) -> tuple[list[Tokens], list[Tokens]]:
+        """The pairs of a split as token ids: with their chosen answers, with their rejected answers."""
+        return preferences.encode_pairs(self.tokenizer, self.examples[split])
+
+    # --- The DPO partner ---
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """The profile's recipes in order, up to the first healthy one, each trained and judged on validation prompts."""
+        tried = []
+        for recipe in self.profile.recipes:
+            tried.append(self._trial(recipe))
+            if not tried[-1].failed:
+                break
+        return tried
+
+    @property
+    def chosen(self) -> Trial:
+        """The first healthy trial; if none is healthy, the one that fails the fewest criteria."""
+        return min(self.trials, key=lambda trial: len(trial.failed))
+
+    def _trial(self, recipe: Recipe) -> Trial:
+        def train(folder: Path) -> None:
+            model, tokenizer = models.load(self.source.path, self.profile.dtype)
+            training.train_dpo(model, tokenizer, *self.encoded("heldin"), recipe, self.profile.seed, folder)
+
+        def examine(folder: Path) -> None:
+            pair = models.load_pair(self.source.path, adapter.path, self.profile.dtype)
+            (folder / "health.json").write_text(json.dumps(self._health(pair, recipe)))
+
+        params = {"recipe": asdict(recipe), "seed": self.profile.seed}
+        upstream = [self.source, self._examples]
+        adapter = artifacts.fetch(
+            "dpo", params, train, upstream, [training.train_dpo, training.dpo_trainer, training.preference_dataset]
+        )
+        health = artifacts.fetch("health", {}, examine, [*upstream, adapter], [atlas, generation, Study._health])
+        measured = health.read_json("health.json")
+        return Trial(recipe, adapter, measured, failed_criteria(measured, self.profile.health))
+
+    def _health(self, pair: Pair, recipe: Recipe) -> dict[str, float]:
+        chosen, rejected = self.encoded("validation")
+        logps, judged = {}, {}
+        for role in models.ROLES:
+            with pair.role(role) as model:
+                logps[role] = [metrics.response_logps(model, answers) for answers in (chosen, rejected)]
+                ids = self._sampled(model, "validation")
+            judged[role] = self._judged("validation", ids, pair.role("base")).mean(numeric_only=True)
+        margin = np.subtract(*logps["dpo"]) - np.subtract(*logps["base"])
+        dpo, base = judged["dpo"], judged["base"]
+        health = {"reward_accuracy": (margin > 0).mean(), "preferred": dpo["preferred"]}
+        if self.task.has_facts:
+            health |= {"fact_loss": base["fact"] - dpo["fact"], "well_formed": dpo["well_formed"]}
+        else:
+            health |= {"perplexity_ratio": np.exp(dpo["token_loss"] - base["token_loss"])}
+        return {name: float(value) for name, value in health.items()}
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The base model with its chosen DPO partner, as one model."""
+        adapter = self.chosen.adapter
+        vars(self).pop("_loaded_base", None)
+        return models.load_pair(self.source.path, adapter.path, self.profile.dtype)
+
+    @contextmanager
+    def playing(self, role: str) -> Iterator[nn.Module]:
+        """The model that plays `base` or `dpo`; `base` needs no DPO partner."""
+        if role == "base" and "pair" not in vars(self):
+            yield self.base
+        else:
+            with self.pair.role(role) as model:
+                yield model
+
+    # --- States and directions ---
+
+    def states(self, split: str) -> dict[tuple[str, str, str], Tensor]:
+        """{(role, site, position): (N, d) float32} for the prompts of a split; both roles read the chosen answers."""
+
+        def write(folder: Path) -> None:
+            found = {}
+            for role in models.ROLES:
+                with self.playing(role) as model:
+                    read = activations.hidden_states(
+                        model, self.encoded(split)[0], models.sites(model), activations.POSITIONS, f"states, {role}"
+                    )
+                found |= {f"{role} {site} {position}": value for (site, position), value in read.items()}
+            save_file(found, folder / "states.safetensors")
+
+        made = artifacts.fetch(
+            "states", {"split": split}, write, [self._examples, self.chosen.adapter], [activations, models]
+        )
+        return {tuple(key.split()): value for key, value in load_file(made.path / "states.safetensors").items()}
+
+    def displacements(self, split: str, site: str = FINAL, position: str = "prompt_last") -> Tensor:
+        """Delta h = h_dpo - h_base for the prompts of a split, (N, d)."""
+        states = self.states(split)
+        return states["dpo", site, position] - states["base", site, position]
+
+    @cached_property
+    def sites(self) -> list[str]:
+        """All sites of the model, in order of depth."""
+        with self.playing("base") as model:
+            return models.sites(model)
+
+    def vector(self, site: str = FINAL, position: str = "prompt_last") -> SteeringVector:
+        """v*: the mean displacement over the held-in prompts (section 3)."""
+        base = self.states("heldin")["base", site, position]
+        mean = self.displacements("heldin", site, position).double().mean(0).float()
+        return self._steering_vector(mean, site, position, f"v_star_{site}_{position}", base)
+
+    def token_vector(self) -> SteeringVector:
+        """v_token: the mean of e_w - e_l over the held-in pairs, w and l the tokens at which they first differ."""
+        W = models.unembedding(self.pair.model).weight.detach()
+        rows = []
+        for chosen, rejected in zip(*self.encoded("heldin")):
+            t = gradients.first_difference(chosen.response, rejected.response)
+            rows.append(W[chosen.response[t]] - W[rejected.response[t]])
+        base = self.states("heldin")["base", FINAL, "prompt_last"]
+        return self._steering_vector(torch.stack(rows).double().mean(0).float(), FINAL, "prompt_last", "v_token", base)
+
+    def _steering_vector(self, v: Tensor, site: str, position: str, name: str, base: Tensor) -> SteeringVector:
+        return SteeringVector(
+            v, site, position, name, models.signature(self.pair.model), self.profile.dtype,
+            state_norm=base.norm(dim=1).mean().item(), n_prompts=len(base),
+            profile=self.profile.name, profile_hash=self.hash,
+        )  # fmt: skip
+
+    # --- Answers, steered or not ---
+
+    def answers(self, role: str, split: str) -> pd.DataFrame:
+        """One sampled answer to each prompt of a split, judged: a row a prompt, with its text and token ids."""
+        return self._sweep(role, split, None, None, "response")
+
+    def sweep(self, role: str, site: str, deltas: Tensor, span: str = "response") -> pd.DataFrame:
+        """Sampled answers to the held-out prompts with each of `deltas`, (arms, d), added at a site, judged.
+
+        A row an arm and a prompt: `arm`, `prompt`, `text`, `ids` and what the task's judge says. All arms decode in one
+        batch and share their random numbers.
+        """
+        return self._sweep(role, "heldout", site, deltas, span)
+
+    def _sweep(self, role: str, split: str, site: str | None, deltas: Tensor | None, span: str) -> pd.DataFrame:
+        def write(folder: Path) -> None:
+            with self.playing(role) as model:
+                name = f"answers, {role}" + (f" + {len(deltas)} doses at {site}" if site else "")
+                ids = self._sampled(model, split, site, deltas, span, name)
+            table = self._judged(split, ids, self.playing("base"))
+            (folder / "answers.json").write_text(json.dumps(table.to_dict("list")))
+
+        params = {"role": role, "split": split, "site": site, "deltas": _checksum(deltas), "span": span}
+        upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
+        code = [atlas, preferences, generation, steering, Study._judged, Study._sampled]
+        made = artifacts.fetch("answers", params, write, upstream, code)
+        return pd.DataFrame(made.read_json("answers.json"))
+
+    def _sampled(
+        self, model: nn.Module, split: str, site=None, deltas=None, span="response", name: str | None = None
+    ) -> list[list[list[int]]]:
+        prompts = [tokens.prompt for tokens in self.encoded(split)[0]]
+        return generation.sample(
+            model, self.tokenizer, prompts, self.profile.sizes.new_tokens, self.profile.seed, site, deltas, span, name
+        )
+
+    def _judged(self, split: str, ids: list[list[list[int]]], as_base: AbstractContextManager) -> pd.DataFrame:
+        """A row an arm and a prompt; `token_loss`, the base's mean loss a token, stands in for rules on real text."""
+        rows = []
+        for arm, answers in enumerate(ids):
+            texts = generation.texts(self.tokenizer, answers)
+            for i, (example, text) in enumerate(zip(self.examples[split], texts)):
+                judged = self.task.judge(example, text)
+                rows.append({"arm": arm, "prompt": i, "text": text, "ids": answers[i], **judged})
+        table = pd.DataFrame(rows)
+        if not self.task.has_facts:
+            prompts = [tokens.prompt for tokens in self.encoded(split)[0]]
+            with as_base as model:
+                sequences = [Tokens(prompts[row.prompt], row.ids) for row in table.itertuples()]
+                table["token_loss"] = metrics.token_losses(model, sequences)
+        return table
+
+    def likelihood_sweep(self, role: str, site: str, deltas: Tensor, span: str = "response") -> pd.DataFrame:
+        """What each of `deltas`, (arms, d), added at a site does to log-probabilities on the held-out pairs.
+
+        A row an arm and a prompt: `prefers`, whether the chosen answer is likelier than the rejected one, and `kl`,
+        KL(goal || steered) in nats summed over the goal's own answer. The goal of the base is the DPO model, and that of
+        the DPO model is the base.
+        """
+
+        def write(folder: Path) -> None:
+            goal = "dpo" if role == "base" else "base"
+            chosen, rejected = self.encoded("heldout")
+            answered = [Tokens(c.prompt, ids) for c, ids in zip(chosen, self.answers(goal, "heldout")["ids"])]
+            with self.playing(goal) as model:
+                target = metrics.response_distributions(model, answered)
+            rows = []
+            with self.playing(role) as model:
+                for arm, delta in enumerate(deltas):
+                    around = _adder(model, site, delta, span)
+                    margin = metrics.response_logps(model, chosen, around) - metrics.response_logps(model, rejected, around)
+                    kl = metrics.kl(target, metrics.response_distributions(model, answered, around))
+                    rows += [
+                        {"arm": arm, "prompt": i, "prefers": float(m > 0), "kl": float(k)}
+                        for i, (m, k) in enumerate(zip(margin, kl))
+                    ]
+            (folder / "likelihoods.json").write_text(json.dumps(rows))
+
+        params = {"role": role, "site": site, "deltas": _checksum(deltas), "span": span}
+        code = [generation, steering, metrics.response_logits, metrics.kl, Study.likelihood_sweep]
+        made = artifacts.fetch("likelihoods", params, write, [self._examples, self.chosen.adapter], code)
+        return pd.DataFrame(made.read_json("likelihoods.json"))
+
+
+def failed_criteria(measured: dict[str, float], health: Health) -> list[str]:
+    """The names of the health criteria that measured values do not meet."""
+    met = {
+        "reward_accuracy": lambda x: x >= health.min_reward_accuracy,
+        "preferred": lambda x: x >= health.min_preferred,
+        "fact_loss": lambda x: x <= health.max_fact_loss,
+        "well_formed": lambda x: x >= health.min_well_formed,
+        "perplexity_ratio": lambda x: x <= health.max_perplexity_ratio,
+    }
+    return [name for name, value in measured.items() if not met[name](value)]
+
+
+def _adder(model: nn.Module, site: str, delta: Tensor, span: str) -> metrics.Around:
+    """Add delta around a right-padded batch, from each prompt's last token on ("response") or everywhere ("all")."""
+
+    def around(batch: Sequence[Tokens]) -> AbstractContextManager:
+        starts = torch.tensor([len(tokens.prompt) - 1 if span == "response" else 0 for tokens in batch])
+        return steering.added(model, site, delta, starts)
+
+    return around
+
+
+def _checksum(deltas: Tensor | None) -> str | None:
+    return None if deltas is None else hashlib.sha256(deltas.float().contiguous().numpy().tobytes()).hexdigest()
