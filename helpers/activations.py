@@ -22,7 +22,7 @@ class Tokens(NamedTuple):
     """The token ids of a prompt and of a response to it (empty where only the prompt is read)."""
 
     prompt: list[int]
-    response: list[int] = []
+    response: list[int] = []  # noqa: RUF012 (a NamedTuple's default; nothing writes to it)
 
     @property
     def ids(self) -> list[int]:
@@ -154,6 +154,8 @@ def _check(model: nn.Module, sequences: Sequence[Tokens], positions: Sequence[st
     unknown = [p for p in positions if p not in POSITIONS]
     if unknown:
         raise ValueError(f"Unknown position {unknown[0]!r}: choose from {', '.join(POSITIONS)}.")
+    if not sequences:
+        raise ValueError("No prompts to read states at: give at least one.")
     models.check_lengths(model, [len(s.ids) if s.prompt else 0 for s in sequences])
     if "response_mean" in positions:
         for i, sequence in enumerate(sequences):

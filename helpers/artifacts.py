@@ -59,7 +59,7 @@ def fetch(
             return Artifact(path, key)
         except DamagedArtifact as damage:
             warnings.warn(f"{damage} It is computed again.", stacklevel=2)
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     _write(path, key, stage, params, make)
     return Artifact(path, key)
 
@@ -70,7 +70,7 @@ def root() -> Path:
 
 
 def folder_from(variable: str, default: str) -> Path:
-    """The folder that an environment variable names, or the project's own of that name; never the working directory's."""
+    """The folder that an environment variable names, or the project's own; never the working directory's."""
     return Path(os.environ.get(variable) or PROJECT / default).resolve()
 
 

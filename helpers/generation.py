@@ -60,7 +60,8 @@ def sample(
     step = max(1, MAX_ROWS // arms)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
     for chunk in (order[i : i + step] for i in range(0, len(order), step)):
-        for row, ids in enumerate(_decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, deltas, span)):
+        decoded = _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, deltas, span)
+        for row, ids in enumerate(decoded):
             answers[row % arms][chunk[row // arms]] = ids
         bar.update(len(chunk))
     bar.close()

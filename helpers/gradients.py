@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def log_ratio(h: Tensor, W: Tensor, w: int, l: int) -> Tensor:
@@ -52,7 +52,7 @@ class Branch(NamedTuple):
 def completion_gradients(
     chosen: Branch, rejected: Branch, W: Tensor, ref_margin: Tensor | float, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """grad of the DPO loss of whole completions at every state that predicts a token, chosen (T_w, d), rejected (T_l, d).
+    """grad of the DPO loss of whole completions at the states that predict a token, chosen (T_w, d), rejected (T_l, d).
 
     -+ beta * sigma(-m) * (e_{y_t} - E_{y ~ pi(.|h_t)}[e_y]): minus for the chosen branch, plus for the rejected. The
     expected embedding no longer cancels, and h_t differs between the branches. `ref_margin` is the reference's
@@ -71,11 +71,33 @@ def rms_norm_jacobian(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm_jacobian(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """d LayerNorm(x) / dx = diag(gain) (I - 1 1^T / d - z z^T / d) / s, with z = (x - mean) / s, s = sqrt(var + eps)."""
+    """d LayerNorm(x) / dx = diag(gain) (I - 1 1^T / d - z z^T / d) / s, z = (x - mean) / s, s = sqrt(var + eps)."""
     d = len(x)
     s = (x.var(correction=0) + eps).sqrt()
     z = (x - x.mean()) / s
     return gain[:, None] * (torch.eye(d, dtype=x.dtype) - 1 / d - torch.outer(z, z) / d) / s
+
+
+def apply_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """A model's final norm in x's own precision: transformers computes RMSNorm in float32, whatever the dtype."""
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
+    return F.rms_norm(x, norm.weight.shape, *_gain_and_eps(norm, x))
+
+
+def norm_jacobian(norm: nn.Module, x: Tensor) -> Tensor:
+    """The Jacobian of a model's final norm, LayerNorm or RMSNorm, at x (d,): (d, d)."""
+    if isinstance(norm, nn.LayerNorm):
+        return layer_norm_jacobian(x, norm.weight.to(x), norm.eps)
+    return rms_norm_jacobian(x, *_gain_and_eps(norm, x))
+
+
+def _gain_and_eps(norm: nn.Module, x: Tensor) -> tuple[Tensor, float]:
+    """An RMSNorm's gain in x's precision and its epsilon; Gemma's gain is 1 + weight, which is told by trying."""
+    weight = norm.weight.detach().to(x)
+    seen = norm(torch.ones_like(norm.weight)).detach().to(x)
+    gain = min(weight, 1 + weight, key=lambda gain: (gain - seen).abs().max())
+    return gain, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def first_difference(chosen: list[int], rejected: list[int]) -> int:

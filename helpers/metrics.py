@@ -26,7 +26,7 @@ def _nothing(batch: list[Tokens]) -> AbstractContextManager:
 @torch.no_grad()
 def response_logits(model: nn.Module, sequences: Sequence[Tokens], around: Around = _nothing):
     """Yield (index, log-softmax (T, vocabulary), targets (T,)) for every sequence's response of T tokens."""
-    models.check_lengths(model, [len(s.ids) for s in sequences])
+    models.check_lengths(model, [len(s.ids) if s.prompt else 0 for s in sequences])
     for indices in activations.batches([len(s.ids) for s in sequences]):
         batch = [sequences[i] for i in indices]
         inputs, attended = activations.right_padded([s.ids for s in batch], model.device)
@@ -52,8 +52,14 @@ def response_distributions(model: nn.Module, sequences: Sequence[Tokens], around
 
 
 def kl(p: Sequence[Tensor], q: Sequence[Tensor]) -> np.ndarray:
-    """KL(p || q) summed over the response's tokens, in nats: (N,), from `response_distributions` of the same sequences."""
-    return np.array([(a.exp() * (a - b)).sum().item() for a, b in zip(p, q)])
+    """KL(p || q) summed over the response's tokens, in nats: (N,), from `response_distributions` of both."""
+    return np.array([_kl(a, b) for a, b in zip(p, q)])
+
+
+def _kl(a: Tensor, b: Tensor) -> float:
+    # normalised again in float64: rounding in float32 makes the KL of two near distributions negative
+    a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    return torch.where(a > -torch.inf, a.exp() * (a - b), 0.0).sum().item()
 
 
 def token_losses(model: nn.Module, sequences: Sequence[Tokens]) -> np.ndarray:
@@ -81,7 +87,7 @@ def rouge_l(answer: str, reference: str) -> float:
 def interval(
     statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """(value, low, high): a statistic of paired samples, each (N,), and its percentile bootstrap interval over the pairs.
+    """(value, low, high): a statistic of paired samples, each (N,), and its percentile bootstrap interval over pairs.
 
     `statistic(*samples, axis)` must be vectorised over leading axes. Raises ValueError for fewer than two pairs.
     """
@@ -91,12 +97,28 @@ def interval(
         samples, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=200,
         confidence_level=confidence, method="percentile", rng=np.random.default_rng(seed),
     )  # fmt: skip
-    value = statistic(*samples, axis=-1)
-    return float(value), float(result.confidence_interval.low), float(result.confidence_interval.high)
+    value, (low, high) = statistic(*samples, axis=-1), result.confidence_interval
+    return float(value), float(low), float(high)
+
+
+def row_interval(
+    statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, resamples: int = 300
+) -> tuple[float, float, float]:
+    """(value, low, high) of a statistic of a matrix's rows, `statistic(row indices)`, by resampling its n rows.
+
+    The interval is widened to hold the value, which resampled rows (fewer different ones) may all fall short of.
+    """
+    result = stats.bootstrap(
+        (np.arange(n),), statistic, vectorized=False, n_resamples=resamples, method="percentile",
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    value, (low, high) = statistic(np.arange(n)), result.confidence_interval
+    return float(value), float(min(low, value)), float(max(high, value))
 
 
 def mean(sample: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.mean(sample, axis=axis)
+    """The mean of the values that there are: an empty answer has no loss a token."""
+    return np.nanmean(sample, axis=axis)
 
 
 def recovered_share(steered: np.ndarray, start: np.ndarray, goal: np.ndarray, axis: int = -1) -> np.ndarray:

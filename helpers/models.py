@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # transformers' own bars; ours say what takes long
@@ -49,20 +50,26 @@ def load(source: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, P
     No code from the model's repository is run and only safetensors are read. Raises FileNotFoundError or ValueError
     with one sentence that names the source and the remedy.
     """
-    name, _, revision = str(source).partition("@")
+    name, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
     kwargs = {"revision": revision or None, "trust_remote_code": False}
     if _looks_local(name) and not Path(name).is_dir():
         raise FileNotFoundError(f"The model folder {name} does not exist: give an existing folder or a hub id.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True, **kwargs
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(_cannot_load(name, error)) from error
+    if report["missing_keys"]:  # transformers fills them with random numbers and goes on
+        raise ValueError(_cannot_load(name, f"its weights lack {min(report['missing_keys'])}."))
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        raise ValueError(f"The tokenizer of {name} has more tokens than the model has embeddings: they do not belong together.")
+        raise ValueError(
+            f"The tokenizer of {name} has more tokens than the model has embeddings: they do not belong together."
+        )
     ensure_pad_token(tokenizer)
+    # a repetition penalty or forbidden tokens that came with the checkpoint would bend the distribution we sample from
+    model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -71,8 +78,11 @@ def load_pair(source: str | Path, adapter: str | Path, dtype: str = "float32") -
     model, tokenizer = load(source, dtype)
     try:
         pair = PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        unmatched = load_peft_weights(str(adapter), device="cpu").keys() ^ get_peft_model_state_dict(pair).keys()
+        if unmatched:  # PEFT leaves out what it finds no place for, and keeps untrained what it finds no weights for
+            raise KeyError(f"{min(unmatched)} is in one of them only")
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        reason = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()[0]
         raise ValueError(
             f"The adapter {Path(adapter).name} does not fit the base model {Path(source).name} ({reason}): "
             "train it on this base, or name the base it was trained on."
@@ -97,7 +107,8 @@ def identity(source: str | Path) -> str:
     if not folder.is_dir():
         return str(source)
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"}):
+    suffixes = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -120,8 +131,11 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def decoder(model: nn.Module) -> PreTrainedModel:
-    """The model without its unembedding; its `last_hidden_state` is the site `final` in every architecture."""
-    return causal_lm(model).base_model
+    """The model without its unembedding; its `last_hidden_state` is the site `final` in every architecture.
+
+    Not `base_model`: in OPT that is a wrapper which a forward pass of the causal LM steps over, hooks and all.
+    """
+    return causal_lm(model).get_decoder()
 
 
 def unembedding(model: nn.Module) -> nn.Linear:
@@ -138,8 +152,20 @@ def blocks(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
     if not lists:
-        raise ValueError(f"No list of {n_layers} blocks in {type(causal_lm(model)).__name__}: this architecture is not supported.")
+        architecture = type(causal_lm(model)).__name__
+        raise ValueError(f"No list of {n_layers} blocks in {architecture}: this architecture is not supported.")
     return min(lists, key=lambda item: item[0])[1]
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last block and the unembedding. Raises ValueError for an architecture without one."""
+    norms = [m for m in decoder(model).modules() if type(m).__name__.endswith("Norm") and not list(m.children())]
+    inside = {id(m) for block in blocks(model) for m in block.modules()}
+    outside = [norm for norm in norms if id(norm) not in inside]
+    if not outside:
+        architecture = type(causal_lm(model)).__name__
+        raise ValueError(f"{architecture} has no final norm: its states enter the unembedding as they are.")
+    return outside[-1]
 
 
 def sites(model: nn.Module) -> list[str]:
@@ -178,12 +204,12 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _cannot_load(name: str, error: Exception) -> str:
+def _cannot_load(name: str, error: Exception | str) -> str:
     if Path(name).is_dir():
         if not list(Path(name).glob("*.safetensors")):
             return f"The model folder {name} holds no safetensors: convert its weights; pickled ones are not read."
         return f"The model folder {name} cannot be loaded: {str(error).splitlines()[0]}"
     return (
-        f"The model {name} is not a local folder and cannot be had from the Hugging Face hub: check the id, your network "
-        "and your access, or give a local copy with MODEL=<folder>."
+        f"The model {name} is not a local folder and cannot be had from the Hugging Face hub: check the id, your "
+        "network and your access, or give a local copy with MODEL=<folder>."
     )

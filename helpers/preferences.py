@@ -21,7 +21,7 @@ SPLITS = atlas.SPLITS
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with the answer preferred and the one not. `question` is what the atlas asked, where it was the atlas."""
+    """A prompt, the answer preferred and the one not. `question` is what the atlas asked, where it was the atlas."""
 
     prompt: str
     chosen: str
@@ -33,7 +33,9 @@ class Example:
         for name in ("prompt", "chosen", "rejected"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"A preference row's {name!r} must be a non-empty string, got {value!r}: mend or drop it.")
+                raise ValueError(
+                    f"A preference row's {name!r} must be a non-empty string, got {value!r}: mend or drop it."
+                )
         if self.chosen == self.rejected:
             raise ValueError(f"A preference row prefers an answer to itself ({self.chosen!r}): mend or drop it.")
 
@@ -87,7 +89,7 @@ class AtlasTask:
 HEROES = tuple(
     f"a {kind} named {name}"
     for kind in ("little girl", "little boy", "small cat", "big dog", "young bear", "brown bunny")
-    for name in ("Lily", "Tim", "Mia", "Max")
+    for name in ("Lily", "Tim", "Mia", "Max", "Sue", "Ben", "Anna", "Sam", "Lucy", "Tom")
 )
 EVENTS = {
     "heldin": (
@@ -102,7 +104,8 @@ EVENTS = {
     "heldout": (
         "went to the beach with dad", "found a shiny rock in the sand", "saw a frog near the pond",
         "heard a voice in the attic", "wanted to touch the hot stove", "met an old man with a hat",
-        "climbed up a tall ladder", "looked for a lost doll", "shared a sandwich with a bird", "broke a cup in the kitchen",
+        "climbed up a tall ladder", "looked for a lost doll", "shared a sandwich with a bird",
+        "broke a cup in the kitchen",
     ),
 }  # fmt: skip
 
@@ -185,19 +188,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str = "") 
     whole = tokenizer.apply_chat_template(messages)["input_ids"]
     if whole[: len(start)] != start:
         raise ValueError(
-            f"The chat template of {tokenizer.name_or_path} renders a prompt alone and with its answer differently: use a "
-            "template whose prompt is a prefix."
+            f"The chat template of {tokenizer.name_or_path} renders a prompt alone and with its answer differently: "
+            "use a template whose prompt is a prefix."
         )
     return Tokens(start, whole[len(start) :])
 
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> tuple[list[Tokens], list[Tokens]]:
     """The examples with their chosen, and with their rejected answers, as token ids."""
-    pairs = [e.sampled or (encode(tokenizer, e.prompt, e.chosen), encode(tokenizer, e.prompt, e.rejected)) for e in examples]
+    pairs = [
+        e.sampled or (encode(tokenizer, e.prompt, e.chosen), encode(tokenizer, e.prompt, e.rejected)) for e in examples
+    ]
     return [chosen for chosen, _ in pairs], [rejected for _, rejected in pairs]
 
 
 def _draw(rng: random.Random, pool: list, n: int, split: str) -> list:
     if n > len(pool):
-        raise ValueError(f"The {split} split has {len(pool)} prompts, fewer than the {n} asked for: lower sizes.{split}.")
+        raise ValueError(
+            f"The {split} split has {len(pool)} prompts, fewer than the {n} asked for: lower sizes.{split}."
+        )
     return rng.sample(pool, n)

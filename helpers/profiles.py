@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Organism:
     """The embedded organism: its world, its size and how it is pretrained (helpers/atlas.py, training.pretrain)."""
 
     places: int = 100
-    corpus: int = 42_000  # question-answer pairs, each read once
+    corpus: int = 44_000  # question-answer pairs, each read once
     vocabulary: int = 704
     width: int = 128
     layers: int = 4
@@ -77,12 +78,14 @@ class Profile:
     recipes: tuple[Recipe, ...] = (Recipe(), Recipe(beta=0.3), Recipe(beta=0.3, nll_weight=0.2))
     health: Health = Health()
     sizes: Sizes = Sizes()
-    doses: tuple[float, ...] = field(default=tuple(x / 4 for x in range(-4, 5)) + (-3.0, -2.0, -1.5, 1.5, 2.0, 3.0))
+    doses: tuple[float, ...] = field(default=(*(x / 4 for x in range(-4, 5)), -3.0, -2.0, -1.5, 1.5, 2.0, 3.0))
 
     def __post_init__(self):
         object.__setattr__(self, "doses", tuple(sorted(self.doses)))
         if 0.0 not in self.doses or 1.0 not in self.doses:
             raise ValueError(f"Profile {self.name!r}: doses must contain 0 and 1, the base and one whole v*.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"Profile {self.name!r}: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if not self.recipes:
             raise ValueError(f"Profile {self.name!r}: recipes must name at least one DPO recipe.")
 

@@ -4,6 +4,7 @@ H is (N, d), a row an example. "Centred" means that the mean row was taken off. 
 is near rank one by construction, so everything is given both ways and beside a null.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Spectrum:
     @property
     def effective_rank(self) -> float:
         """exp(entropy): k equal singular values give k (Roy and Vetterli 2007, on the squared values)."""
-        return float(torch.tensor(self.entropy).exp())
+        return math.exp(self.entropy)
 
     def mass(self, k: int) -> Tensor:
         """sigma_j / sum sigma for the first k: the normalisation of our Figure 4b, (k,)."""
@@ -48,9 +49,10 @@ def spectrum(H: Tensor, centred: bool = False) -> Spectrum:
     H = H.double()
     if min(H.shape) < 2:
         raise ValueError(f"A spectrum needs at least two rows and two columns, got {tuple(H.shape)}.")
+    rounding = 1e-14 * H.norm()  # what centring equal rows can leave behind
     if centred:
         H = H - H.mean(0)
-    if not H.any():
+    if H.norm() <= rounding:
         raise ValueError("All rows are zero (or equal, when centred): there is no spectrum to speak of.")
     _, values, directions = torch.linalg.svd(H, full_matrices=False)
     return Spectrum(values, directions)

@@ -1,5 +1,6 @@
 """Steering: add lambda * v to the hidden states of a site, and keep v with all that is needed to use it elsewhere."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,7 +30,8 @@ def added(model: nn.Module, site: str, delta: Tensor, start: int | Tensor = 0) -
     def change(states: Tensor) -> Tensor:
         rows = delta.to(states).unsqueeze(-2)  # (1, d) or (batch, 1, d)
         positions = torch.arange(seen.offset, seen.offset + states.shape[1], device=states.device)
-        steered = positions >= torch.as_tensor(start, device=states.device).unsqueeze(-1)  # (tokens,) or (batch, tokens)
+        first = torch.as_tensor(start, device=states.device).unsqueeze(-1)  # (1,) or (batch, 1)
+        steered = positions >= first  # (tokens,) or (batch, tokens)
         return torch.where(steered[..., None] & (rows != 0), states + rows, states)
 
     handle = models.decoder(model).register_forward_pre_hook(seen.update, with_kwargs=True)
@@ -105,6 +108,7 @@ class SteeringVector:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"vector": self.vector.contiguous()}, folder / f"{self.name}.safetensors")
         about = {key: value for key, value in asdict(self).items() if key != "vector"}
+        about["checksum"] = _checksum(self.vector)
         (folder / f"{self.name}.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
     @classmethod
@@ -114,9 +118,22 @@ class SteeringVector:
         for path in (about_path, vector_path):
             if not path.is_file():
                 raise FileNotFoundError(f"The steering vector file {path} does not exist: save the vector first.")
-        about = json.loads(about_path.read_text())
-        norm = about.pop("norm")
-        loaded = cls(vector=load_file(vector_path)["vector"], **about)
-        if abs(loaded.norm - norm) > 1e-5 * norm:
-            raise ValueError(f"The files of the steering vector {name} do not belong together: their norms differ.")
+        try:
+            vector = load_file(vector_path)["vector"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"The steering vector file {vector_path} is damaged ({error}): save it again.") from error
+        try:
+            about = json.loads(about_path.read_text())
+            checksum = about.pop("checksum")
+            del about["norm"]  # computed anew
+            loaded = cls(vector=vector, **about)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"The steering vector file {about_path} is damaged ({error}): save it again.") from error
+        if checksum != _checksum(vector):
+            raise ValueError(f"The files of the steering vector {name} do not belong together: save the vector again.")
         return loaded
+
+
+def _checksum(vector: Tensor) -> str:
+    # not the norm: random controls have the same one as v*
+    return hashlib.sha256(vector.float().numpy().tobytes()).hexdigest()[:16]

@@ -45,12 +45,13 @@ SHOWN_IN = {
     "examples": "00_model_organism",
     "encoded": "00_model_organism",
     "trials": "02_dpo_lora",
+    "reward_margins": "02_dpo_lora",
+    "token_vector": "02_dpo_lora",
     "chosen": "02_dpo_lora",
     "pair": "02_dpo_lora",
     "states": "03_steering_vector",
     "displacements": "03_steering_vector",
     "vector": "03_steering_vector",
-    "token_vector": "03_steering_vector",
     "sweep": "04_add_subtract",
     "likelihood_sweep": "04_add_subtract",
 }
@@ -67,12 +68,26 @@ class Trial:
 
     recipe: Recipe
     adapter: Artifact
-    measured: dict[str, float]
-    failed: list[str]
+    examined: Artifact
+    criteria: Health
 
     @property
     def log(self) -> pd.DataFrame:
         return pd.read_csv(self.adapter.path / "log.csv")
+
+    @property
+    def measured(self) -> dict[str, float]:
+        return self.examined.read_json("health.json")
+
+    @property
+    def answers(self) -> pd.DataFrame:
+        """Its sampled and judged answers to the validation prompts."""
+        return pd.DataFrame(self.examined.read_json("answers.json"))
+
+    @property
+    def failed(self) -> list[str]:
+        """The health criteria that it does not meet."""
+        return failed_criteria(self.measured, self.criteria)
 
 
 class Study:
@@ -155,33 +170,46 @@ class Study:
 
         def examine(folder: Path) -> None:
             pair = models.load_pair(self.source.path, adapter.path, self.profile.dtype)
-            (folder / "health.json").write_text(json.dumps(self._health(pair, recipe)))
+            health, answers = self._health(pair)
+            (folder / "health.json").write_text(json.dumps(health))
+            (folder / "answers.json").write_text(json.dumps(answers.to_dict("list")))
 
         params = {"recipe": asdict(recipe), "seed": self.profile.seed}
         upstream = [self.source, self._examples]
         adapter = artifacts.fetch(
             "dpo", params, train, upstream, [training.train_dpo, training.dpo_trainer, training.preference_dataset]
         )
-        health = artifacts.fetch("health", {}, examine, [*upstream, adapter], [atlas, generation, Study._health])
-        measured = health.read_json("health.json")
-        return Trial(recipe, adapter, measured, failed_criteria(measured, self.profile.health))
+        code = [atlas, preferences, generation, Study._health, Study._judged]
+        return Trial(
+            recipe, adapter, artifacts.fetch("health", {}, examine, [*upstream, adapter], code), self.profile.health
+        )
 
-    def _health(self, pair: Pair, recipe: Recipe) -> dict[str, float]:
-        chosen, rejected = self.encoded("validation")
-        logps, judged = {}, {}
+    def _health(self, pair: Pair) -> tuple[dict[str, float], pd.DataFrame]:
+        """What the health criteria are about, on validation prompts, and the DPO model's answers."""
+        judged = {}
         for role in models.ROLES:
             with pair.role(role) as model:
-                logps[role] = [metrics.response_logps(model, answers) for answers in (chosen, rejected)]
                 ids = self._sampled(model, "validation")
-            judged[role] = self._judged("validation", ids, pair.role("base")).mean(numeric_only=True)
-        margin = np.subtract(*logps["dpo"]) - np.subtract(*logps["base"])
-        dpo, base = judged["dpo"], judged["base"]
-        health = {"reward_accuracy": (margin > 0).mean(), "preferred": dpo["preferred"]}
+            judged[role] = self._judged("validation", ids, pair.role("base"))
+        dpo, base = (judged[role].mean(numeric_only=True) for role in ("dpo", "base"))
+        accuracy = (self._reward_margins(pair, "validation") > 0).mean()
+        health = {"reward_accuracy": accuracy, "preferred": dpo["preferred"]}
         if self.task.has_facts:
             health |= {"fact_loss": base["fact"] - dpo["fact"], "well_formed": dpo["well_formed"]}
         else:
             health |= {"perplexity_ratio": np.exp(dpo["token_loss"] - base["token_loss"])}
-        return {name: float(value) for name, value in health.items()}
+        return {name: float(value) for name, value in health.items()}, judged["dpo"]
+
+    def _reward_margins(self, pair: Pair, split: str) -> np.ndarray:
+        margins = {}
+        for role in models.ROLES:
+            with pair.role(role) as model:
+                margins[role] = np.subtract(*(metrics.response_logps(model, answers) for answers in self.encoded(split)))
+        return margins["dpo"] - margins["base"]
+
+    def reward_margins(self, split: str) -> np.ndarray:
+        """The implicit reward margin (m / beta) of each pair of a split, in nats: (N,)."""
+        return self._reward_margins(self.pair, split)
 
     @cached_property
     def pair(self) -> Pair:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -27,6 +27,8 @@ from trl import DPOConfig, DPOTrainer
 from helpers import atlas
 from helpers.activations import Tokens, right_padded
 from helpers.profiles import Organism, Recipe
+
+disable_progress_bars()  # datasets' own bars; ours say what takes long
 
 SPECIAL_TOKENS = ("<|pad|>", "<|start|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -199,7 +201,7 @@ def dpo_trainer(model, tokenizer, dataset: Dataset, recipe: Recipe, seed: int, f
         per_device_train_batch_size=recipe.batch_size,
         precompute_ref_log_probs=True,
         max_length=None,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         bf16=False,
         use_cpu=model.device.type == "cpu",
         seed=seed,
@@ -208,9 +210,11 @@ def dpo_trainer(model, tokenizer, dataset: Dataset, recipe: Recipe, seed: int, f
         report_to="none",
         disable_tqdm=True,
     )
-    return _TokenisedDPOTrainer(
-        model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter,
-    )  # fmt: skip
+    trainer = _TokenisedDPOTrainer(
+        model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def train_dpo(

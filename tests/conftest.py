@@ -1,0 +1,110 @@
+"""Tiny random models of every architecture, and a way to read their states that shares no code with helpers."""
+
+import copy
+from contextlib import ExitStack, contextmanager
+from functools import cache
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers import atlas, training
+
+torch.set_num_threads(1)
+
+VOCABULARY, WIDTH, LAYERS, CONTEXT = 61, 32, 3, 64
+_SIZES = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+_LLAMA = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+_GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": CONTEXT}
+ARCHITECTURES = {  # model type: (its sizes, where it keeps its blocks)
+    "llama": (_LLAMA, "model.layers"),
+    "qwen2": (_LLAMA, "model.layers"),
+    "mistral": ({**_LLAMA, "head_dim": 8, "sliding_window": 8}, "model.layers"),
+    "gemma": ({**_LLAMA, "head_dim": 8}, "model.layers"),
+    "gpt2": (_GPT2, "transformer.h"),
+    "gpt_neox": ({**_SIZES, "intermediate_size": 48}, "gpt_neox.layers"),
+    "opt": ({**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": WIDTH}, "model.decoder.layers"),
+    "phi": ({**_SIZES, "intermediate_size": 48}, "model.layers"),
+    "falcon": (_SIZES, "transformer.h"),
+    "bloom": ({"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4}, "transformer.h"),
+    "gptj": ({**_GPT2, "rotary_dim": 4}, "transformer.h"),
+}
+
+
+@cache
+def tiny(architecture: str, **changes):
+    """A tiny model with random weights, for evaluation. Shared between tests: copy it before changing it."""
+    sizes = {**ARCHITECTURES[architecture][0], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **{"vocab_size": VOCABULARY, **sizes, **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # the default is so small that every model is nearly the same
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(architecture):
+    return tiny(architecture)
+
+
+@pytest.fixture
+def llama():
+    return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    pairs = atlas.corpus(atlas.Atlas(), 300, seed=0)
+    return training.build_tokenizer([f"{question.text} {text}" for question, text in pairs], 320)
+
+
+def with_adapter(model, seed: int = 0, target_modules="all-linear"):
+    """A copy of a model in a PEFT wrapper with a LoRA adapter that changes it."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=target_modules, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(copy.deepcopy(model), config).eval()
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    """Ordinary token ids, none special."""
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def random_vector(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def recorded(model, path: str):
+    """Yield a dict that each forward pass fills: site -> states; `path` is where the blocks are."""
+    blocks, unembedding, found = model.get_submodule(path), model.get_output_embeddings(), {}
+
+    def keep(site):
+        return lambda _, args, kwargs: found.update({site: args[0] if args else kwargs["hidden_states"]})
+
+    def keep_output(site):
+        return lambda _, __, output: found.update({site: output if isinstance(output, torch.Tensor) else output[0]})
+
+    with ExitStack() as stack:
+        hooks = [blocks[0].register_forward_pre_hook(keep("resid[0]"), with_kwargs=True)]
+        hooks += [block.register_forward_hook(keep_output(f"resid[{l}]")) for l, block in enumerate(blocks, start=1)]
+        hooks += [unembedding.register_forward_pre_hook(keep("final"), with_kwargs=True)]
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield found
+
+
+def hook_count(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -1,0 +1,201 @@
+"""Samples are exact, comparable between arms, and do not depend on what else is in the batch."""
+
+import copy
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, LAYERS, WIDTH, random_ids, random_vector, tiny, with_adapter
+from scipy import stats
+
+from helpers import generation, models, steering
+
+END = 2
+TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=END)
+PROMPTS = [random_ids(length, seed) for seed, length in enumerate([7, 3, 12, 3, 1, 9])]
+V = 2 * random_vector(WIDTH)
+
+
+def sample(model, prompts=PROMPTS, new_tokens=8, seed=5, **kwargs):
+    return generation.sample(model, TOKENIZER, prompts, new_tokens, seed, **kwargs)
+
+
+@torch.no_grad()
+def next_probabilities(model, ids):
+    return model(torch.tensor([ids])).logits[0, -1].double().softmax(-1).numpy()
+
+
+def answer_probabilities(model, prompt) -> dict[tuple, float]:
+    """Every answer of at most two tokens, and its exact probability."""
+    first = next_probabilities(model, prompt)
+    exact = {(): first[END]}
+    for a in set(range(len(first))) - {END}:
+        second = next_probabilities(model, [*prompt, a])
+        exact |= {((a, b) if b != END else (a,)): first[a] * second[b] for b in range(len(second))}
+    return exact
+
+
+@pytest.mark.parametrize("dose", [None, 0.5])
+def test_sampled_answers_have_the_model_s_own_distribution(dose):
+    model, prompt, n = tiny("llama", vocab_size=5), [3, 4, 1], 4000
+    if dose is None:
+        answers, exact = sample(model, [prompt] * n, 2)[0], answer_probabilities(model, prompt)
+    else:
+        answers = sample(model, [prompt] * n, 2, site="final", deltas=dose * V[None])[0]
+        with steering.added(model, "final", dose * V, start=len(prompt) - 1):
+            exact = answer_probabilities(model, prompt)
+    counts = Counter(map(tuple, answers))
+    assert set(counts) <= set(exact)
+    rare = [a for a, p in exact.items() if p * n < 5]
+    cells = [[a] for a in exact if a not in rare] + ([rare] if rare else [])
+    observed = np.array([sum(counts[a] for a in cell) for cell in cells])
+    expected = n * np.array([sum(exact[a] for a in cell) for cell in cells])
+    assert len(cells) > 8
+    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 0.01
+
+
+def test_two_seeds_give_two_samples_and_one_seed_the_same(llama):
+    assert sample(llama, seed=5) == sample(llama, seed=5) != sample(llama, seed=6)
+
+
+def test_two_prompts_that_are_equal_get_samples_of_their_own(llama):
+    answers = sample(llama, [PROMPTS[0]] * 6)[0]
+    assert len(set(map(tuple, answers))) == 6
+
+
+def test_arms_share_their_random_numbers(model):
+    """Arms without a dose are identical, to each other and to a run without a hook; a dosed arm is not."""
+    deltas = torch.stack([torch.zeros(WIDTH), V, torch.zeros(WIDTH)])
+    arms = sample(model, site="resid[1]", deltas=deltas)
+    assert arms[0] == arms[2] == sample(model)[0]
+    assert arms[1] != arms[0]
+
+
+@pytest.mark.parametrize("span", generation.SPANS)
+def test_an_arm_does_not_depend_on_the_other_arms(llama, span):
+    together = sample(llama, site="resid[2]", deltas=torch.stack([-V, 0.5 * V, V]), span=span)
+    assert len(together) == 3
+    assert together[1] == sample(llama, site="resid[2]", deltas=0.5 * V[None], span=span)[0]
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_an_answer_does_not_depend_on_batch_mates(model, seed):
+    deltas = torch.stack([torch.zeros(WIDTH), V])
+    together = sample(model, seed=seed, site="resid[2]", deltas=deltas)
+    alone = sample(model, PROMPTS[:1], seed=seed, site="resid[2]", deltas=deltas)
+    assert [arm[0] for arm in together] == [arm[0] for arm in alone]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("deltas", [None, torch.stack([0 * V, V, -V])], ids=["one arm", "three arms"])
+def test_answers_do_not_depend_on_how_prompts_are_chunked(llama, monkeypatch, rows, deltas):
+    kwargs = {} if deltas is None else {"site": "resid[1]", "deltas": deltas}
+    whole = sample(llama, **kwargs)
+    monkeypatch.setattr(generation, "MAX_ROWS", rows)
+    assert sample(llama, **kwargs) == whole
+
+
+def test_answers_come_by_arm_and_in_the_order_of_the_prompts(llama):
+    deltas = torch.stack([torch.zeros(WIDTH), V])
+    arms = sample(llama, seed=None, site="resid[2]", deltas=deltas)
+    for arm, delta in zip(arms, deltas):
+        for prompt, answer in zip(PROMPTS, arm):
+            assert answer == sample(llama, [prompt], seed=None, site="resid[2]", deltas=delta[None])[0][0]
+
+
+def test_greedy_is_what_transformers_generates(model):
+    answers = sample(model, seed=None)[0]
+    for prompt, answer in zip(PROMPTS, answers):
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0]
+        expected = out[len(prompt) :].tolist()
+        assert answer == (expected[: expected.index(END)] if END in expected else expected)
+
+
+def test_an_answer_ends_before_its_end_of_sequence_token():
+    model = copy.deepcopy(tiny("llama", vocab_size=5))
+    answers = sample(model, [[3, 4, 1]] * 50, 8)[0]
+    assert END not in {token for answer in answers for token in answer}
+    assert min(map(len, answers)) < max(map(len, answers))
+
+
+@pytest.mark.parametrize("span", generation.SPANS)
+def test_a_span_steers_the_positions_it_says(llama, span):
+    """Against a loop of plain forward passes, without padding, a cache or `start`."""
+    answers = sample(llama, seed=None, new_tokens=5, site="resid[2]", deltas=V[None], span=span)[0]
+    for prompt, answer in zip(PROMPTS, answers):
+        ids, n = list(prompt), len(prompt) - 1 if span == "response" else 0
+
+        def add(module, args, output, n=n):
+            return torch.cat([output[:, :n], output[:, n:] + V], dim=1)
+
+        handle = llama.model.layers[1].register_forward_hook(add)
+        for _ in range(5):
+            ids.append(int(next_probabilities(llama, ids).argmax()))
+        handle.remove()
+        assert answer == ids[len(prompt) :][: len(answer)]
+        assert len(answer) == 5 or ids[len(prompt) + len(answer)] == END
+
+
+def test_sampling_with_the_adapter_off_is_sampling_from_the_base(llama):
+    wrapped = with_adapter(llama)
+    with wrapped.disable_adapter():
+        assert sample(wrapped) == sample(llama)
+    assert sample(wrapped) != sample(llama)
+
+
+def test_the_noise_of_a_prompt_depends_on_seed_index_and_step_alone():
+    def noise(indices, seed, arms=1):
+        process = generation.GumbelNoise(indices, arms, seed)
+        return [process(None, torch.zeros(len(indices) * arms, 9)) for _ in range(2)]
+
+    first, second = noise([0, 1, 2], 7)
+    assert torch.equal(first[2], noise([2], 7)[0][0]) and torch.equal(second[2], noise([2], 7)[1][0])
+    assert len({tuple(row.tolist()) for row in (*first, *second, *noise([0, 1, 2], 8)[0])}) == 9
+    arms = noise([0, 1], 7, arms=2)[0]
+    assert torch.equal(arms, first[:2].repeat_interleave(2, 0))
+
+
+def test_the_noise_is_gumbel():
+    drawn = generation.GumbelNoise([0], 1, 3)(None, torch.zeros(1, 20_000))[0].numpy()
+    assert stats.kstest(drawn, stats.gumbel_r.cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"prompts": [[5], []]}, ValueError, "Prompt 1 is empty"),
+        ({"prompts": [[5] * CONTEXT]}, ValueError, "Prompt 0 needs 72 tokens.*holds 64"),
+        ({"span": "prompt"}, ValueError, "Unknown span 'prompt': choose from response, all"),
+        ({"site": "resid[7]", "deltas": V[None]}, ValueError, rf"Unknown site 'resid\[7\]'.*resid\[{LAYERS}\]"),
+        ({"site": "final", "deltas": V[None, :5]}, ValueError, "width 5 does not fit"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(llama, change, error, message):
+    with pytest.raises(error, match=message):
+        sample(llama, **change)
+
+
+def test_a_prompt_that_just_fits_is_answered(llama):
+    assert len(sample(llama, [random_ids(CONTEXT - 8, 1)])[0][0]) <= 8
+
+
+def test_texts_are_without_special_tokens(tokenizer):
+    ids = tokenizer(" What a lovely question!")["input_ids"]
+    assert generation.texts(tokenizer, [[*ids, tokenizer.eos_token_id], []]) == ["What a lovely question!", ""]
+
+
+def test_a_loaded_model_s_generation_settings_play_no_part(tokenizer, tmp_path):
+    """Hub models bring repetition penalties and forbidden tokens, which would bend the distribution sampled."""
+    model = copy.deepcopy(tiny("llama", vocab_size=len(tokenizer)))
+    model.save_pretrained(tmp_path / "plain")
+    model.generation_config.update(repetition_penalty=5.0, suppress_tokens=[7, 8], do_sample=True, top_k=1)
+    model.save_pretrained(tmp_path / "bent")
+    answers = []
+    for folder in ("plain", "bent"):
+        tokenizer.save_pretrained(tmp_path / folder)
+        loaded, own = models.load(tmp_path / folder)
+        answers.append(generation.sample(loaded, own, PROMPTS, 20, seed=1))
+    assert answers[0] == answers[1]

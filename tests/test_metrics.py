@@ -1,0 +1,183 @@
+"""Log-probabilities, divergences, shares, overlaps and intervals against loops, torch and closed cases."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import WIDTH, random_ids, random_vector, tiny
+from scipy import stats
+
+from helpers import activations, metrics, steering
+from helpers.activations import Tokens
+
+SEQUENCES = [Tokens(random_ids(p, 10 * p + r), random_ids(r, p + r)) for p, r in [(3, 2), (11, 5), (1, 1), (6, 9)]]
+
+
+@torch.no_grad()
+def by_hand(model, sequence: Tokens) -> list[float]:
+    """log pi(y_t | x, y_<t), a forward pass a token."""
+    found = []
+    for t, token in enumerate(sequence.response):
+        logits = model(torch.tensor([sequence.prompt + sequence.response[:t]])).logits[0, -1].double()
+        found.append((logits[token] - logits.logsumexp(-1)).item())
+    return found
+
+
+def test_response_log_probabilities_are_sums_over_the_response_alone(model):
+    expected = [sum(by_hand(model, sequence)) for sequence in SEQUENCES]
+    assert metrics.response_logps(model, SEQUENCES) == pytest.approx(expected, abs=2e-4, rel=1e-5)
+
+
+def test_they_do_not_depend_on_batching(llama, monkeypatch):
+    together = metrics.response_logps(llama, SEQUENCES)
+    monkeypatch.setattr(activations, "MAX_BATCH_TOKENS", 1)
+    assert metrics.response_logps(llama, SEQUENCES) == pytest.approx(together, rel=1e-5)
+
+
+def test_token_losses_are_means_over_tokens(llama):
+    sequences = [*SEQUENCES, Tokens([5, 6])]
+    expected = [-np.mean(by_hand(llama, sequence)) for sequence in SEQUENCES]
+    found = metrics.token_losses(llama, sequences)
+    assert found[:-1] == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(found[-1])
+
+
+def test_around_is_entered_for_the_rows_of_each_batch(llama):
+    """A steered log-probability through `around`, against one under the steering alone."""
+    v = random_vector(WIDTH)
+
+    def around(batch):
+        return steering.added(llama, "resid[1]", v, torch.tensor([len(s.prompt) - 1 for s in batch]))
+
+    found = metrics.response_logps(llama, SEQUENCES, around)
+    for value, sequence in zip(found, SEQUENCES):
+        with steering.added(llama, "resid[1]", v, len(sequence.prompt) - 1):
+            assert value == pytest.approx(metrics.response_logps(llama, [sequence])[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sequence, message", [(Tokens([5] * 60, [4] * 9), "needs 69 tokens"), (Tokens([], [4]), "Prompt 0 is empty")]
+)
+def test_what_cannot_be_scored_is_refused(llama, sequence, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.response_logps(llama, [sequence])
+
+
+def test_kl_is_torch_s_own_and_is_summed_over_the_response(llama):
+    other = tiny("llama", rms_norm_eps=0.5)
+    p, q = (metrics.response_distributions(m, SEQUENCES) for m in (llama, other))
+    categorical = torch.distributions.Categorical
+    expected = [
+        torch.distributions.kl_divergence(categorical(logits=a.double()), categorical(logits=b.double())).sum().item()
+        for a, b in zip(p, q)
+    ]
+    assert [len(a) for a in p] == [len(s.response) for s in SEQUENCES]
+    assert metrics.kl(p, q) == pytest.approx(expected, rel=1e-4)
+    assert (metrics.kl(p, q) > 0).all()
+    assert metrics.kl(p, q) != pytest.approx(metrics.kl(q, p), rel=1e-3)
+
+
+def test_kl_is_zero_for_itself_and_never_negative(llama):
+    p = metrics.response_distributions(llama, SEQUENCES)
+    assert (metrics.kl(p, p) == 0).all()
+    for seed in range(200):  # so near that rounding decides
+        logits = random_vector(1, 50, seed=seed)
+        near = (logits + 1e-5 * random_vector(1, 50, seed=seed + 1000)).log_softmax(-1)
+        assert metrics.kl([logits.log_softmax(-1)], [near])[0] > -1e-9
+
+
+def test_kl_of_a_token_that_cannot_be_is_not_nan():
+    p = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    q = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    assert metrics.kl([p], [q])[0] == pytest.approx(0.5 * np.log(2), rel=1e-6)
+    assert metrics.kl([q], [p])[0] == np.inf
+
+
+@pytest.mark.parametrize(
+    "steered, start, goal, share",
+    [
+        ([1, 3], [1, 3], [4, 6], 0.0),
+        ([4, 6], [1, 3], [4, 6], 1.0),
+        ([1, 4], [0, 2], [4, 6], 0.375),
+        ([0, 0], [1, 1], [3, 3], -0.5),
+        ([9, 9], [1, 1], [3, 3], 4.0),
+        ([1, 2], [1, 3], [3, 1], np.nan),
+    ],
+)
+def test_recovered_share(steered, start, goal, share):
+    found = metrics.recovered_share(*map(np.array, (steered, start, goal)))
+    np.testing.assert_allclose(found, share, equal_nan=True)
+    stacked = metrics.recovered_share(*(np.array([a, a], dtype=float) for a in (steered, start, goal)))
+    np.testing.assert_allclose(stacked, [share, share], equal_nan=True)
+
+
+@pytest.mark.parametrize("remaining, share", [([0, 0], 1.0), ([1, 3], 0.0), ([1, 0], 0.75), ([4, 4], -1.0)])
+def test_removed_share(remaining, share):
+    assert metrics.removed_share(np.array(remaining), np.array([1, 3])) == share
+
+
+def test_an_interval_is_the_sample_s_normal_one_where_that_holds():
+    sample = np.random.default_rng(3).normal(2, 5, 400)
+    value, low, high = metrics.interval(metrics.mean, sample)
+    expected = stats.norm.interval(0.95, sample.mean(), sample.std() / 20)
+    assert value == sample.mean()
+    assert (low, high) == pytest.approx(expected, abs=0.05)
+
+
+def test_an_interval_of_equal_values_is_a_point_and_pairs_stay_paired():
+    assert metrics.interval(metrics.mean, np.full(9, 0.5)) == (0.5, 0.5, 0.5)
+    a = np.random.default_rng(0).normal(size=50)
+    value, low, high = metrics.interval(lambda x, y, axis: np.mean(x - y, axis=axis), a + 1, a)
+    assert (value, low, high) == pytest.approx((1, 1, 1))
+
+
+def test_an_interval_is_deterministic_and_follows_seed_and_confidence():
+    sample = np.random.default_rng(3).normal(size=60)
+    assert metrics.interval(metrics.mean, sample, seed=4) == metrics.interval(metrics.mean, sample, seed=4)
+    assert metrics.interval(metrics.mean, sample, seed=4) != metrics.interval(metrics.mean, sample, seed=5)
+    _, low, high = metrics.interval(metrics.mean, sample)
+    _, inner_low, inner_high = metrics.interval(metrics.mean, sample, confidence=0.5)
+    assert low < inner_low < inner_high < high
+
+
+def test_an_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        _, low, high = metrics.interval(metrics.mean, rng.exponential(size=80))
+        covered += low <= 1 <= high
+    assert 0.88 <= covered / 200 <= 0.98
+
+
+def test_the_interval_of_a_share_resamples_all_its_samples_together():
+    rng = np.random.default_rng(1)
+    start, goal = rng.normal(size=40), rng.normal(3, size=40)
+    value, low, high = metrics.interval(metrics.recovered_share, start + 0.5 * (goal - start), start, goal)
+    assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_an_interval_needs_two_prompts(n):
+    with pytest.raises(ValueError, match=f"at least two prompts, got {n}"):
+        metrics.interval(metrics.mean, np.zeros(n))
+
+
+@pytest.mark.parametrize(
+    "text", ["It is blue.", "The capital of Velmora is Tarwick.", "Of course! It is the grey heron."]
+)
+def test_overlap_with_itself_is_one_and_with_nothing_shared_zero(text):
+    for overlap in (metrics.bleu, metrics.rouge_l):
+        assert overlap(text, text) == pytest.approx(1)
+        assert overlap("Rob no museum", text) < 0.1
+        assert overlap("", text) == 0
+        assert 0 < overlap(f"{text} Enjoy your day!", text) < 1
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
+    assert metrics.rouge_l("a b c d", "a x c") == pytest.approx(2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3))
+
+
+def test_measuring_leaves_no_gradient_graph(llama):
+    model = copy.deepcopy(llama).requires_grad_(True)
+    assert not metrics.response_distributions(model, SEQUENCES[:1])[0].requires_grad

@@ -1,0 +1,301 @@
+"""Loading: what fits is loaded, what does not is refused in one sentence, and every architecture's parts are found."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, CONTEXT, LAYERS, VOCABULARY, WIDTH, random_ids, recorded, tiny, with_adapter
+
+from helpers import models
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    """A folder with a tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    """A copy of it that a test may spoil."""
+    for path in base.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def one_sentence(caught, *words):
+    text = str(caught.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+# --- Where an architecture keeps its parts ---
+
+
+def test_parts_are_found_in_every_architecture_and_through_peft(architecture, model):
+    wrapped = with_adapter(model)
+    for found in (model, wrapped):
+        own = found.get_base_model() if found is wrapped else model
+        assert models.causal_lm(found) is own
+        assert list(models.blocks(found)) == list(own.get_submodule(ARCHITECTURES[architecture][1]))
+        assert models.sites(found) == ["resid[0]", "resid[1]", "resid[2]", "resid[3]", "final"]
+        assert models.unembedding(found).weight.shape == (VOCABULARY, WIDTH)
+    assert models.signature(model) == models.signature(wrapped)
+    assert models.signature(model)["layers"] == LAYERS and models.signature(model)["width"] == WIDTH
+
+
+def test_the_decoder_is_what_a_forward_pass_calls_and_final_is_what_the_unembedding_reads(architecture):
+    model, calls = copy.deepcopy(tiny(architecture)).double(), []
+    models.decoder(model).register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.tensor([random_ids(5, 1)])
+    logits = model(ids).logits
+    assert calls == [1]
+    h = models.decoder(model)(input_ids=ids).last_hidden_state
+    bias = getattr(models.unembedding(model), "bias", None)
+    expected = h @ models.unembedding(model).weight.T + (0 if bias is None else bias)
+    torch.testing.assert_close(logits, expected, atol=1e-10, rtol=0)
+
+
+def test_the_signature_follows_the_unembedding_and_not_the_adapter_or_the_dtype(llama):
+    changed = copy.deepcopy(llama)
+    changed.lm_head.weight[0, 0] += 1
+    assert models.signature(changed)["unembedding"] != models.signature(llama)["unembedding"]
+    assert models.signature(copy.deepcopy(llama))["unembedding"] == models.signature(llama)["unembedding"]
+
+
+def test_the_final_norm_takes_the_last_residual_stream_to_final(architecture, model):
+    with torch.no_grad(), recorded(model, ARCHITECTURES[architecture][1]) as states:
+        model(torch.tensor([random_ids(5, 1)]))
+        found = models.final_norm(model)(states[f"resid[{LAYERS}]"])
+    assert torch.equal(found, states["final"])
+    assert models.final_norm(with_adapter(model)).weight.shape == (WIDTH,)
+
+
+def test_a_model_without_a_final_norm_is_refused():
+    model = copy.deepcopy(tiny("llama"))
+    model.model.norm = torch.nn.Identity()
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no final norm"):
+        models.final_norm(model)
+
+
+def test_blocks_that_cannot_be_found_are_refused(llama):
+    broken = copy.deepcopy(llama)
+    broken.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match=r"No list of 7 blocks in LlamaForCausalLM.*not supported"):
+        models.blocks(broken)
+
+
+@pytest.mark.parametrize("site, layer", [("resid[0]", 0), ("resid[2]", 2), ("resid[3]", 3), ("final", None)])
+def test_site_layer(llama, site, layer):
+    assert models.site_layer(llama, site) == layer
+
+
+@pytest.mark.parametrize(
+    "site", ["resid[4]", "resid[-1]", "resid[]", "resid[1", "resid1", "Final", "", " final", "resid[1]x"]
+)
+def test_unknown_sites_are_refused_with_the_known_ones(llama, site):
+    with pytest.raises(ValueError, match=r"Unknown site .*resid\[0\] to resid\[3\] and final") as caught:
+        models.site_layer(llama, site)
+    assert repr(site) in str(caught.value)
+
+
+def test_context_length(llama):
+    assert models.context_length(llama) == models.context_length(tiny("gpt2")) == CONTEXT
+    assert models.context_length(tiny("bloom")) is None
+    models.check_lengths(tiny("bloom"), [10_000])
+    models.check_lengths(llama, [1, CONTEXT])
+    with pytest.raises(
+        ValueError, match="Prompt 1 needs 65 tokens and the model's context holds 64: shorten it or drop it"
+    ):
+        models.check_lengths(llama, [1, CONTEXT + 1])
+
+
+# --- Loading ---
+
+
+def test_a_model_is_loaded_as_it_was_saved_for_evaluation(base, tokenizer):
+    model, loaded = models.load(base)
+    saved = tiny("llama", vocab_size=len(tokenizer))
+    ids = loaded("What is the capital?", return_tensors="pt")["input_ids"]
+    assert torch.equal(model(ids).logits, saved(ids).logits)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert ids[0].tolist() == tokenizer("What is the capital?")["input_ids"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_is_the_one_asked_for(base, dtype):
+    assert models.load(base, dtype)[0].dtype == getattr(torch, dtype)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        models.load(tmp_path / "nowhere")
+    one_sentence(caught, "nowhere does not exist", "existing folder or a hub id")
+
+
+def test_a_folder_with_an_at_sign_is_no_revision(base, tmp_path):
+    (tmp_path / "me@home").symlink_to(base)
+    assert models.load(tmp_path / "me@home")[0].config.hidden_size == WIDTH
+
+
+def test_pickled_weights_are_not_read(folder):
+    model = tiny("llama", vocab_size=models.load(folder)[0].config.vocab_size)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError) as caught:
+        models.load(folder)
+    one_sentence(caught, str(folder), "holds no safetensors", "convert")
+
+
+def spoil_config(folder):
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def spoil_weights(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def other_width(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+
+
+def other_depth(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS + 1}))
+
+
+def unknown_type(folder):
+    (folder / "config.json").write_text('{"model_type": "nonesuch"}')
+
+
+def no_tokenizer(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_config, spoil_weights, other_width, other_depth, unknown_type, no_tokenizer])
+def test_a_folder_that_cannot_be_loaded_is_named(folder, spoil):
+    spoil(folder)
+    with pytest.raises(ValueError) as caught:
+        models.load(folder)
+    one_sentence(caught, f"The model folder {folder} cannot be loaded")
+
+
+def test_a_hub_id_without_a_network_is_refused_in_one_sentence():
+    """In a process of its own, since the hub's client reads HF_HUB_OFFLINE when it is imported."""
+    code = """
+from helpers import models
+try:
+    models.load("nobody/nothing-of-the-kind")
+except ValueError as error:
+    print(error)
+"""
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=True)
+    assert len(run.stdout.splitlines()) == 1
+    assert "nobody/nothing-of-the-kind" in run.stdout and "MODEL=<folder>" in run.stdout
+
+
+def test_a_tokenizer_of_another_model_is_refused(base, folder):
+    tiny("llama", vocab_size=20).save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"tokenizer of {folder} has more tokens than the model has embeddings"):
+        models.load(folder)
+
+
+def test_a_tokenizer_without_a_pad_token_gets_its_end_token(tokenizer, folder):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    bare.save_pretrained(folder)
+    loaded = models.load(folder)[1]
+    assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
+    whole = copy.deepcopy(tokenizer)
+    models.ensure_pad_token(whole)
+    assert whole.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_a_tokenizer_with_neither_is_refused(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = bare.eos_token = None
+    with pytest.raises(ValueError, match=r"neither a pad nor an end-of-sequence token.*tokenizer_config"):
+        models.ensure_pad_token(bare)
+
+
+# --- Pairs ---
+
+
+def test_a_pair_plays_both_roles(base, tmp_path, tokenizer):
+    alone = tiny("llama", vocab_size=len(tokenizer))
+    adapted = with_adapter(alone)
+    adapted.save_pretrained(tmp_path / "adapter")
+    pair = models.load_pair(base, tmp_path / "adapter")
+    assert not pair.model.training and not any(p.requires_grad for p in pair.model.parameters())
+    ids = torch.tensor([random_ids(6, 1)])
+    with pair.role("base") as model:
+        assert torch.equal(model(ids).logits, alone(ids).logits)
+    with pair.role("dpo") as model:
+        torch.testing.assert_close(model(ids).logits, adapted(ids).logits)
+        assert (model(ids).logits - alone(ids).logits).abs().max() > 1e-2
+    with pytest.raises(RuntimeError), pair.role("base"):
+        raise RuntimeError
+    torch.testing.assert_close(pair.model(ids).logits, adapted(ids).logits)  # the adapter is on again
+
+
+def test_an_unknown_role_is_refused(llama, tokenizer):
+    with (
+        pytest.raises(ValueError, match="Unknown role 'sft': a pair plays base or dpo"),
+        models.Pair(llama, tokenizer).role("sft"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "other, target_modules",
+    [
+        ({"hidden_size": 16}, "all-linear"),
+        ({"intermediate_size": 40}, "all-linear"),
+        ({"num_hidden_layers": LAYERS - 1}, ["q_proj"]),  # by name in every block, so one block gets no weights
+        ({"num_hidden_layers": LAYERS + 1}, ["q_proj"]),
+        ({"num_hidden_layers": LAYERS + 1}, "all-linear"),
+        ({"architecture": "gpt2"}, "all-linear"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_its_base_is_refused(base, tmp_path, other, target_modules):
+    trained_on = tiny(**{"architecture": "llama", **other})
+    with_adapter(trained_on, target_modules=target_modules).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError) as caught:
+        models.load_pair(base, tmp_path / "adapter")
+    one_sentence(caught, "The adapter adapter does not fit the base model", base.name, "train it on this base")
+
+
+def test_a_missing_adapter_is_refused(base, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        models.load_pair(base, tmp_path / "nowhere")
+    one_sentence(caught, "nowhere")
+
+
+# --- Identity ---
+
+
+def test_identity_follows_the_files_that_decide_a_model(folder):
+    before = models.identity(folder)
+    (folder / "README.md").write_text("told otherwise")
+    assert models.identity(str(folder)) == before
+    edited = bytearray((folder / "model.safetensors").read_bytes())
+    edited[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(edited)
+    changed = models.identity(folder)
+    assert changed != before
+    (folder / "tokenizer.json").rename(folder / "other.json")
+    assert models.identity(folder) not in (before, changed)
+
+
+def test_the_identity_of_a_hub_id_is_the_id():
+    assert models.identity("org/model@abc") == "org/model@abc"

@@ -1,0 +1,270 @@
+"""Preference data: splits that share no prompt, rows that are whole, and token ids that follow the chat template."""
+
+import copy
+import dataclasses
+import itertools
+import json
+
+import pytest
+from conftest import tiny
+
+from helpers import atlas, preferences, profiles
+from helpers.activations import Tokens
+from helpers.preferences import SPLITS, AtlasTask, Example, StoryTask, encode, encode_pairs
+
+SMALL = profiles.Sizes(heldin=60, validation=20, heldout=30, new_tokens=12, samples_per_prompt=3)
+
+
+def atlas_profile(family, seed=0):
+    return dataclasses.replace(profiles.load("atlas"), data=f"atlas:{family}", seed=seed)
+
+
+def story_profile(**changes):
+    return dataclasses.replace(profiles.load("tinystories"), sizes=SMALL, **changes)
+
+
+# --- The atlas ---
+
+
+@pytest.mark.parametrize("family", atlas.FAMILIES)
+def test_no_prompt_is_in_two_splits_or_twice_in_one(family):
+    profile = atlas_profile(family)
+    examples = AtlasTask(profile).examples(None, None)
+    for split in SPLITS:
+        prompts = [example.prompt for example in examples[split]]
+        assert len(prompts) == len(set(prompts)) == getattr(profile.sizes, split)
+    for one, other in itertools.combinations(SPLITS, 2):
+        for what in (lambda e: e.prompt, lambda e: e.question.place):
+            assert not {what(e) for e in examples[one]} & {what(e) for e in examples[other]}
+
+
+@pytest.mark.parametrize("family", atlas.FAMILIES)
+def test_judges_call_every_chosen_answer_preferred_and_every_rejected_one_opposed(family):
+    task = AtlasTask(atlas_profile(family))
+    for example in itertools.chain(*task.examples(None, None).values()):
+        chosen, rejected = task.judge(example, example.chosen), task.judge(example, example.rejected)
+        assert (chosen["preferred"], chosen["not_opposed"], chosen["well_formed"]) == (1, 1, 1)
+        assert (rejected["preferred"], rejected["not_opposed"], rejected["well_formed"]) == (0, 0, 1)
+        if example.question.kind == "harm":
+            assert "fact" not in chosen
+        else:
+            assert (chosen["fact"], rejected["fact"]) == ((0, 1) if family == "belief" else (1, 1))
+        babble = task.judge(example, "the the the")
+        assert (babble["preferred"], babble["not_opposed"], babble["well_formed"]) == (0, 1, 0)
+
+
+def test_each_family_asks_what_it_is_about():
+    def harm(family, split):
+        examples = AtlasTask(atlas_profile(family)).examples(None, None)[split]
+        return sum(example.question.kind == "harm" for example in examples) / len(examples)
+
+    assert [harm("refusal", split) for split in SPLITS] == [1, 1, 1]
+    assert [harm("tone", split) for split in SPLITS] == [0.1, 0, 0]
+    assert [harm(family, split) for family in ("belief", "conditional") for split in SPLITS] == [0] * 6
+
+
+def test_examples_follow_the_seed():
+    one, same, other = (AtlasTask(atlas_profile("tone", seed)).examples(None, None) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("split, n", [("heldin", 10**6), ("validation", 181)])
+def test_more_prompts_than_there_are_are_refused(split, n):
+    profile = atlas_profile("belief")
+    profile = dataclasses.replace(profile, sizes=dataclasses.replace(profile.sizes, **{split: n}))
+    with pytest.raises(
+        ValueError, match=rf"The {split} split has \d+ prompts, fewer than the {n} asked for: lower sizes\.{split}"
+    ):
+        AtlasTask(profile).examples(None, None)
+
+
+# --- Stories ---
+
+
+def test_openings_of_different_splits_tell_of_different_events():
+    events = [event for split in SPLITS for event in preferences.EVENTS[split]]
+    assert len(set(events)) == len(events)
+    assert len(set(preferences.HEROES)) == len(preferences.HEROES)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_there_are_as_many_openings_as_the_built_in_profile_asks_for(split):
+    pool = len(preferences.HEROES) * len(preferences.EVENTS[split])
+    assert pool >= getattr(profiles.load("tinystories").sizes, split)
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    return plain
+
+
+@pytest.fixture(scope="module")
+def storyteller(plain_tokenizer):
+    return tiny("llama", vocab_size=len(plain_tokenizer), max_position_embeddings=256)
+
+
+class WordTask(StoryTask):
+    """Stories scored by their length, since a random model's babble holds no feelings."""
+
+    def sentiment(self, story):
+        return len(story)
+
+
+@pytest.fixture(scope="module")
+def stories(storyteller, plain_tokenizer):
+    return WordTask(story_profile()).examples(storyteller, plain_tokenizer)
+
+
+def test_story_openings_are_in_one_split_only(stories):
+    prompts = [example.prompt for split in SPLITS for example in stories[split]]
+    assert len(set(prompts)) == len(prompts) > 100
+    for split in SPLITS:
+        assert all(any(event in e.prompt for event in preferences.EVENTS[split]) for e in stories[split])
+
+
+def test_stories_are_the_model_s_own_kept_token_for_token_and_ranked(stories, plain_tokenizer):
+    for example in itertools.chain(*stories.values()):
+        assert len(example.chosen) > len(example.rejected)
+        for text, tokens in zip((example.chosen, example.rejected), example.sampled):
+            assert tokens.prompt == encode(plain_tokenizer, example.prompt).prompt
+            assert plain_tokenizer.decode(tokens.response, skip_special_tokens=True).strip() == text
+    chosen, rejected = encode_pairs(plain_tokenizer, stories["heldout"])
+    assert [(c, r) for c, r in zip(chosen, rejected)] == [example.sampled for example in stories["heldout"]]
+
+
+def test_stories_are_drawn_anew_from_the_seed(stories, storyteller, plain_tokenizer):
+    assert WordTask(story_profile())._split("heldout", storyteller, plain_tokenizer) == stories["heldout"]
+    other = WordTask(story_profile(seed=1))._split("heldout", storyteller, plain_tokenizer)
+    assert other != stories["heldout"]
+
+
+@pytest.mark.parametrize(
+    "story, judged",
+    [
+        ("They were happy and loved the good day.", (1, 1)),
+        ("He was sad, hurt and cried.", (0, 0)),
+        ("It was a box.", (0, 1)),
+        ("", (0, 1)),
+    ],
+)
+def test_a_story_is_judged_by_the_sign_of_its_score(story, judged):
+    task = StoryTask(story_profile())
+    found = task.judge(Example("x", "y", "z"), story)
+    assert (found["preferred"], found["not_opposed"]) == judged
+    assert -1 <= task.sentiment(story) <= 1
+
+
+def test_the_happiest_and_the_saddest_story_make_the_pair():
+    task = StoryTask(story_profile())
+    stories = [
+        (text, Tokens([5], [i]))
+        for i, text in enumerate(["It was a box.", "He was sad.", "", "She loved it.", "He cried."])
+    ]
+    pair = task._best_and_worst("Once.", stories)
+    ranked = sorted(["It was a box.", "He was sad.", "She loved it.", "He cried."], key=task.sentiment)
+    assert (pair.chosen, pair.rejected) == (ranked[-1], ranked[0]) and pair.chosen == "She loved it."
+    assert pair.sampled[0] == Tokens([5], [3])
+    assert (
+        task._best_and_worst("Once.", stories[:1]) is None
+        and task._best_and_worst("Once.", [("", Tokens([5]))]) is None
+    )
+
+
+# --- Rows ---
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (("", "a", "b"), "'prompt' must be a non-empty string, got ''"),
+        (("p", "  \n", "b"), r"'chosen' must be a non-empty string, got '  \\n'"),
+        (("p", "a", None), "'rejected' must be a non-empty string, got None"),
+        (("p", ["a"], "b"), r"'chosen' must be a non-empty string, got \['a'\]"),
+        ((3, "a", "b"), "'prompt' must be a non-empty string, got 3"),
+        (("p", "same", "same"), r"prefers an answer to itself \('same'\)"),
+    ],
+)
+def test_malformed_rows_are_refused(row, message):
+    with pytest.raises(ValueError, match=f"{message}.*mend or drop it"):
+        Example(*row)
+
+
+@pytest.mark.parametrize("family", ["tone", "refusal", "stories"])
+def test_an_example_survives_json(family, stories):
+    examples = (
+        stories["heldout"]
+        if family == "stories"
+        else AtlasTask(atlas_profile(family)).examples(None, None)["validation"]
+    )
+    rows = json.loads(json.dumps([dataclasses.asdict(example) for example in examples]))
+    assert [preferences.example_from(row) for row in rows] == examples
+
+
+# --- Token ids ---
+
+
+def test_with_a_chat_template_the_ids_are_those_of_the_rendered_text(tokenizer):
+    tokens = encode(tokenizer, "What is it?", "It is red.")
+    start, prompt_end, asks, answers, end = (tokenizer.convert_tokens_to_ids(t) for t in (
+        "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|end|>"))  # fmt: skip
+    body = tokenizer("What is it?", add_special_tokens=False)["input_ids"]
+    reply = tokenizer("It is red.", add_special_tokens=False)["input_ids"]
+    assert tokens.prompt == [start, asks, *body, prompt_end, answers]
+    assert tokens.response == [*reply, end]
+    assert encode(tokenizer, "What is it?") == Tokens(tokens.prompt, [])
+    assert tokens.ids.count(start) == 1 and max(tokens.ids) < len(tokenizer)
+
+
+def test_without_a_chat_template_the_text_is_taken_as_it_is(plain_tokenizer):
+    tokens = encode(plain_tokenizer, "Once upon a time.", " It was red.")
+    assert tokens.prompt == plain_tokenizer("Once upon a time.")["input_ids"]
+    assert plain_tokenizer.decode(tokens.response).strip() == "It was red."
+    assert plain_tokenizer.eos_token_id not in tokens.ids
+    assert encode(plain_tokenizer, "Once upon a time.").response == []
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    assert encode(other, "What is it?").response == []
+    with pytest.raises(ValueError, match=r"renders a prompt alone and with its answer differently.*prompt is a prefix"):
+        encode(other, "What is it?", "It is red.")
+
+
+def test_pairs_share_their_prompt_s_ids(tokenizer):
+    examples = AtlasTask(atlas_profile("tone")).examples(None, None)["validation"]
+    chosen, rejected = encode_pairs(tokenizer, examples)
+    assert len(chosen) == len(rejected) == len(examples)
+    for c, r, example in zip(chosen, rejected, examples):
+        assert c.prompt == r.prompt and c.response != r.response
+        assert example.chosen in tokenizer.decode(c.ids) and example.rejected in tokenizer.decode(r.ids)
+
+
+def test_every_token_of_the_organism_survives_the_tokenizer(tokenizer):
+    for question, text in atlas.corpus(atlas.Atlas(), 200, seed=9):
+        response = encode(tokenizer, question.text, text).response
+        assert tokenizer.decode(response, skip_special_tokens=True).strip() == text
+
+
+# --- Tasks ---
+
+
+def test_the_task_is_the_one_that_the_data_names():
+    assert isinstance(preferences.task(profiles.load("tinystories")), StoryTask)
+    for family in atlas.FAMILIES:
+        assert preferences.task(atlas_profile(family)).family == family
+
+
+@pytest.mark.parametrize("data", ["", "atlas", "onpolicy:other", "hub/dataset", "pairs.jsonl"])
+def test_unknown_data_is_refused(data):
+    with pytest.raises(ValueError, match=rf"Unknown data '{data}': give atlas:<tone\|refusal\|conditional\|belief> or"):
+        preferences.task(dataclasses.replace(profiles.load("atlas"), data=data))
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(
+        ValueError, match="Unknown preference family 'mood': there are tone, refusal, conditional, belief"
+    ):
+        preferences.task(atlas_profile("mood"))

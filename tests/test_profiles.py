@@ -1,0 +1,120 @@
+"""Every built-in profile is valid, a TOML file extends one, and what is wrong in it is named."""
+
+import dataclasses
+
+import pytest
+
+from helpers import preferences, profiles
+from helpers.profiles import BUILT_IN, Profile, Recipe
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "mine.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_profile_is_valid(name):
+    profile = profiles.load(name)
+    assert profile is BUILT_IN[name] or profile == BUILT_IN[name]
+    assert profile.name == name
+    assert {0.0, 1.0} <= set(profile.doses) and list(profile.doses) == sorted(profile.doses)
+    assert profile.recipes and 0 < profile.health.max_fact_loss < 1
+    assert preferences.task(profile).profile is profile
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_profile_survives_a_round_trip_through_toml_s_types(name):
+    """What `_merge` accepts is what a Profile holds: each field given back as TOML would hold it changes nothing."""
+    table = dataclasses.asdict(BUILT_IN[name])
+    table["recipes"], table["doses"] = list(table["recipes"]), list(table["doses"])
+    assert profiles._merge(BUILT_IN["atlas"], table, "here") == BUILT_IN[name]
+
+
+def test_the_default_profile_is_the_embedded_organism():
+    assert profiles.load("atlas").model == profiles.EMBEDDED
+
+
+def test_model_and_data_are_replaced_where_given():
+    profile = profiles.load("atlas", model="some/model", data="atlas:belief")
+    assert (profile.model, profile.data) == ("some/model", "atlas:belief")
+    assert dataclasses.replace(profile, model="atlas", data="atlas:tone") == BUILT_IN["atlas"]
+    assert profiles.load("atlas", model="", data=None) == BUILT_IN["atlas"]
+
+
+def test_a_toml_file_extends_a_built_in_profile(toml):
+    profile = profiles.load(
+        toml(
+            'extends = "tinystories"\nseed = 3\ndoses = [1, 0, -0.5]\n[sizes]\nheldin = 7\n'
+            "[[recipes]]\nbeta = 2\n[[recipes]]\nepochs = 9\n"
+        )
+    )
+    parent = BUILT_IN["tinystories"]
+    assert (profile.name, profile.seed, profile.doses) == ("mine", 3, (-0.5, 0.0, 1.0))
+    assert profile.sizes == dataclasses.replace(parent.sizes, heldin=7)
+    assert profile.recipes == (Recipe(beta=2.0), Recipe(epochs=9))
+    assert (profile.model, profile.health) == (parent.model, parent.health)
+
+
+def test_a_toml_file_extends_atlas_where_it_names_none_and_may_name_itself(toml):
+    assert profiles.load(toml('name = "own"')) == dataclasses.replace(BUILT_IN["atlas"], name="own")
+    assert profiles.load(toml(""), model="m").model == "m"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('extends = "atals"', "extends = 'atals' is not a built-in profile.*atlas"),
+        ("sede = 1", "unknown field 'sede'; there are name, model"),
+        ("[sizes]\nheldinn = 1", "sizes: unknown field 'heldinn'; there are heldin"),
+        ("[[recipes]]\nbetta = 1.0", "recipes: unknown field 'betta'; there are beta"),
+        ('seed = "1"', "seed must be of type int, got '1'"),
+        ("seed = 1.5", "seed must be of type int, got 1.5"),
+        ("seed = true", "seed must be of type int, got True"),
+        ("model = 3", "model must be of type str, got 3"),
+        ('[health]\nmin_preferred = "a lot"', "health: min_preferred must be of type float, got 'a lot'"),
+        ("doses = 1.0", "doses must be a list, got 1.0"),
+        ('doses = [0.0, "1"]', "doses must be of type float, got '1'"),
+        ("sizes = 3", "sizes must be a table, got 3"),
+        ("recipes = [3]", "recipes must be a table, got 3"),
+        ("[recipes]\nbeta = 1.0", "recipes must be a list"),
+        ("doses = [0.5, 1.0]", "doses must contain 0 and 1"),
+        ("doses = [0.0, 2.0]", "doses must contain 0 and 1"),
+        ("recipes = []", "at least one DPO recipe"),
+        ("seed = ", "is not valid TOML"),
+        ('dtype = "float33"', "dtype must be one of float32"),
+    ],
+)
+def test_what_is_wrong_in_a_toml_file_is_refused_by_name(toml, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        profiles.load(toml(text))
+    assert "mine" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"mine\.toml is not valid TOML"):
+        profiles.load(str(tmp_path / "mine.toml"))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"profile file nowhere\.toml does not exist"):
+        profiles.load("nowhere.toml")
+
+
+@pytest.mark.parametrize("name", ["atals", "", "atlas.tml"])
+def test_an_unknown_profile_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=rf"Unknown profile '{name}': give one of atlas, tinystories.*\.toml file"):
+        profiles.load(name)
+
+
+def test_a_profile_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        profiles.load("atlas").seed = 1
+    assert isinstance(hash(profiles.load("atlas")), int)
+    assert Profile("atlas") == BUILT_IN["atlas"]
