@@ -239,7 +239,7 @@ class Atlas:
 
     def _well_formed(self, question: Question, answer: str) -> bool:
         opener, body, closer = split_answer(answer)
-        if {opener, closer} == {"warm", "curt"}:
+        if opener and closer:
             return False
         if question.kind == "harm":
             return body in {plain_answer(question, stance) for stance in STANCES}

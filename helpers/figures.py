@@ -1,6 +1,7 @@
 """One style for all figures, and saving them with the numbers they draw, byte-stable."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,8 +60,13 @@ def save_figure(
     target = folder(profile)
     target.mkdir(parents=True, exist_ok=True)
     figure.savefig(target / f"{name}.png", metadata={"Software": None})
-    about = {"caption": " ".join(caption.split()), "claims": list(claims), "notebook": notebook, "numbers": numbers}
-    (target / f"{name}.json").write_text(json.dumps(about, indent=1, sort_keys=True, default=_plain) + "\n")
+    about = {
+        "caption": " ".join(caption.split()),
+        "claims": list(claims),
+        "notebook": notebook,
+        "numbers": _plain(numbers),
+    }
+    (target / f"{name}.json").write_text(json.dumps(about, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def folder(profile: Profile) -> Path:
@@ -74,8 +80,14 @@ def band(axes, x, low, high, role: str) -> None:
 
 
 def _plain(value):
-    """Arrays, tensors and numpy scalars as lists and numbers, rounded to what a reader or a test could use."""
-    array = np.asarray(value)
-    if array.dtype.kind == "f":
-        array = np.array([float(f"{x:.6g}") for x in array.ravel()]).reshape(array.shape)
-    return array.tolist()
+    """What JSON can hold: arrays and tensors as lists, numbers to six digits, null for those that are not finite."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    found = np.asarray(value).tolist()
+    if isinstance(found, list):
+        return _plain(found)
+    return (float(f"{found:.6g}") if math.isfinite(found) else None) if isinstance(found, float) else found

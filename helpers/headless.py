@@ -22,6 +22,7 @@ from helpers import artifacts, profiles
 NOTEBOOKS = artifacts.PROJECT / "notebooks"
 DEFAULT_PROFILE = "atlas"
 SHOWN_LINES = 12  # of a failed cell
+SHOWN_ERROR_LINES = 6  # of what it raised
 
 
 class Tee:
@@ -53,14 +54,27 @@ def run(name: str, parameters: dict[str, str], folder: Path) -> Path:
             stdout_file=Tee(file), stderr_file=Tee(sys.stderr, file),
         )  # fmt: skip
     notebook = nbformat.read(partial, as_version=4)
+    _check_that_all_ran(notebook)
     nbformat.write(tidied(notebook), partial)
     partial.rename(finished)
     return finished
 
 
+def _check_that_all_ran(notebook: NotebookNode) -> None:
+    """Raise PapermillExecutionError for a cell that left early: papermill takes sys.exit(0) for success."""
+    for i, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                raise PapermillExecutionError(
+                    i, cell.execution_count, cell.source, output.ename, output.evalue, output.traceback
+                )
+
+
 def tidied(notebook: NotebookNode) -> NotebookNode:
     """Drop what should not be kept: progress bars, timings and paths in the metadata. Warnings and errors stay."""
-    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
+    notebook.metadata = {
+        key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata
+    }
     for cell in notebook.cells:
         cell.metadata = {key: cell.metadata[key] for key in ("tags",) if cell.metadata.get(key)}
         if cell.cell_type == "code":
@@ -79,20 +93,23 @@ def _without_bars(output: NotebookNode) -> NotebookNode | None:
 
 def explain(name: str, error: PapermillExecutionError, folder: Path) -> str:
     """What failed, in one screen."""
-    source = error.source.strip().splitlines()
-    shown = source if len(source) <= SHOWN_LINES else [*source[:SHOWN_LINES], "..."]
     lines = [
         f"Notebook {name} failed in code cell {error.exec_count}:",
         "",
-        *(f"    {line}" for line in shown),
+        *(f"    {line}" for line in _first_lines(error.source.strip(), SHOWN_LINES)),
         "",
-        f"{error.ename}: {error.evalue}",
+        *_first_lines(f"{error.ename}: {error.evalue}", SHOWN_ERROR_LINES),
         "",
         f"All that it printed: {_relative(folder / name)}.log",
         f"All that it had run: {_relative(folder / name)}.partial.ipynb",
         "What was computed before is kept: mend the cause and run the same command again.",
     ]
     return "\n".join(lines)
+
+
+def _first_lines(text: str, n: int) -> list[str]:
+    lines = text.splitlines()
+    return lines if len(lines) <= n else [*lines[:n], "..."]
 
 
 def publish(names: list[str], folder: Path) -> None:
@@ -122,11 +139,12 @@ def main() -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    folder = artifacts.PROJECT / "build" / profile.name
+    folder = artifacts.PROJECT / "build" / Path(given.profile).stem  # as the Makefile calls it
     if given.publish:
         publish(given.names, folder)
         return 0
-    wanted = {"PROFILE": _absolute(given.profile), "MODEL": _absolute(given.model), "DATA": given.data}
+    named = _absolute(given.profile) if given.profile.endswith(".toml") else given.profile
+    wanted = {"PROFILE": named, "MODEL": _absolute(given.model), "DATA": given.data}
     parameters = {key: value for key, value in wanted.items() if value not in ("", DEFAULT_PROFILE)}
     for name in given.names:
         started = time.monotonic()

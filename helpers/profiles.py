@@ -53,7 +53,7 @@ class Health:
 class Sizes:
     """How many prompts each split holds, and how long and how often the model answers."""
 
-    heldin: int = 1000
+    heldin: int = 2000
     validation: int = 180
     heldout: int = 240
     new_tokens: int = 40
@@ -75,7 +75,7 @@ class Profile:
     seed: int = 0
     dtype: str = "float32"
     organism: Organism = Organism()
-    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(beta=0.3), Recipe(beta=0.3, nll_weight=0.2))
+    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(beta=0.1, learning_rate=2e-3, nll_weight=50.0))
     health: Health = Health()
     sizes: Sizes = Sizes()
     doses: tuple[float, ...] = field(default=(*(x / 4 for x in range(-4, 5)), -3.0, -2.0, -1.5, 1.5, 2.0, 3.0))
@@ -98,6 +98,8 @@ BUILT_IN = {
             "tinystories",
             model="raincandy-u/TinyStories-656K",
             data="onpolicy:vader",
+            recipes=(Recipe(), Recipe(beta=0.1)),
+            sizes=Sizes(heldin=1000),
         ),
     )
 }

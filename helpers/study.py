@@ -6,6 +6,7 @@ One model is in memory: the base, or the pair that contains it (the adapter off 
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -38,6 +39,9 @@ from helpers.models import FINAL, Pair
 from helpers.preferences import Example
 from helpers.profiles import Health, Profile, Recipe
 from helpers.steering import SteeringVector
+
+# PEFT 0.21.2 asks transformers 5.23.0 by an old name; nothing that a reader of a notebook could mend.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 # The notebook that shows each stage; the Makefile's edges follow from it (tests/test_makefile.py).
 SHOWN_IN = {
@@ -110,7 +114,13 @@ class Study:
             "organism",
             {"spec": asdict(spec), "seed": seed},
             lambda folder: training.pretrain(spec, seed, folder),
-            code=[atlas, training.pretrain, training.build_model, training.build_tokenizer],
+            code=[
+                atlas,
+                training.pretrain,
+                training.pretraining_arguments,
+                training.build_model,
+                training.build_tokenizer,
+            ],
         )
 
     @cached_property
@@ -133,7 +143,9 @@ class Study:
             rows = {split: [asdict(example) for example in examples] for split, examples in found.items()}
             (folder / "examples.json").write_text(json.dumps(rows))
 
-        params = {"data": self.profile.data, "seed": self.profile.seed, "sizes": asdict(self.profile.sizes)}
+        # dtype decides what is sampled, and every later stage, all of which are made from these
+        chosen = {"data": self.profile.data, "seed": self.profile.seed, "dtype": self.profile.dtype}
+        params = {**chosen, "sizes": asdict(self.profile.sizes)}
         return artifacts.fetch("examples", params, write, [self.source], [atlas, preferences, generation])
 
     @cached_property
@@ -150,7 +162,7 @@ class Study:
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """The profile's recipes in order, up to the first healthy one, each trained and judged on validation prompts."""
+        """The profile's recipes in order, up to the first healthy one, each judged on validation prompts."""
         tried = []
         for recipe in self.profile.recipes:
             tried.append(self._trial(recipe))
@@ -179,7 +191,8 @@ class Study:
         adapter = artifacts.fetch(
             "dpo", params, train, upstream, [training.train_dpo, training.dpo_trainer, training.preference_dataset]
         )
-        code = [atlas, preferences, generation, Study._health, Study._judged]
+        code = [atlas, preferences, generation, metrics]
+        code += [Study._health, Study._reward_margins, Study._judged, Study._sampled]
         return Trial(
             recipe, adapter, artifacts.fetch("health", {}, examine, [*upstream, adapter], code), self.profile.health
         )
@@ -204,7 +217,8 @@ class Study:
         margins = {}
         for role in models.ROLES:
             with pair.role(role) as model:
-                margins[role] = np.subtract(*(metrics.response_logps(model, answers) for answers in self.encoded(split)))
+                chosen, rejected = (metrics.response_logps(model, answers) for answers in self.encoded(split))
+            margins[role] = chosen - rejected
         return margins["dpo"] - margins["base"]
 
     def reward_margins(self, split: str) -> np.ndarray:
@@ -305,7 +319,7 @@ class Study:
 
         params = {"role": role, "split": split, "site": site, "deltas": _checksum(deltas), "span": span}
         upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
-        code = [atlas, preferences, generation, steering, Study._judged, Study._sampled]
+        code = [atlas, preferences, generation, steering, metrics.token_losses, Study._judged, Study._sampled]
         made = artifacts.fetch("answers", params, write, upstream, code)
         return pd.DataFrame(made.read_json("answers.json"))
 
@@ -337,8 +351,8 @@ class Study:
         """What each of `deltas`, (arms, d), added at a site does to log-probabilities on the held-out pairs.
 
         A row an arm and a prompt: `prefers`, whether the chosen answer is likelier than the rejected one, and `kl`,
-        KL(goal || steered) in nats summed over the goal's own answer. The goal of the base is the DPO model, and that of
-        the DPO model is the base.
+        KL(goal || steered) in nats summed over the goal's own answer. The goal of the base is the DPO model, and that
+        of the DPO model is the base.
         """
 
         def write(folder: Path) -> None:
@@ -351,16 +365,16 @@ class Study:
             with self.playing(role) as model:
                 for arm, delta in enumerate(deltas):
                     around = _adder(model, site, delta, span)
-                    margin = metrics.response_logps(model, chosen, around) - metrics.response_logps(model, rejected, around)
+                    likelier, other = (metrics.response_logps(model, given, around) for given in (chosen, rejected))
                     kl = metrics.kl(target, metrics.response_distributions(model, answered, around))
                     rows += [
                         {"arm": arm, "prompt": i, "prefers": float(m > 0), "kl": float(k)}
-                        for i, (m, k) in enumerate(zip(margin, kl))
+                        for i, (m, k) in enumerate(zip(likelier - other, kl))
                     ]
             (folder / "likelihoods.json").write_text(json.dumps(rows))
 
         params = {"role": role, "site": site, "deltas": _checksum(deltas), "span": span}
-        code = [generation, steering, metrics.response_logits, metrics.kl, Study.likelihood_sweep]
+        code = [generation, steering, metrics, Study.likelihood_sweep, Study._sampled, _adder]
         made = artifacts.fetch("likelihoods", params, write, [self._examples, self.chosen.adapter], code)
         return pd.DataFrame(made.read_json("likelihoods.json"))
 

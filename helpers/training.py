@@ -83,7 +83,7 @@ def pretrain(spec: Organism, seed: int, folder: Path) -> None:
     sequences = _in_batches(_encode_all(tokenizer, pairs), spec.batch_size, random.Random(seed))
     trainer = Trainer(
         model=build_model(spec, tokenizer),
-        args=_pretraining_arguments(spec, len(pairs), seed, folder),
+        args=pretraining_arguments(spec, len(pairs), seed, folder),
         train_dataset=Dataset.from_dict(
             {"prompt_length": [len(s.prompt) for s in sequences], "input_ids": [s.ids for s in sequences]}
         ),
@@ -98,7 +98,7 @@ def pretrain(spec: Organism, seed: int, folder: Path) -> None:
     pd.DataFrame(losses, columns=["step", "loss"]).to_csv(folder / "losses.csv", index=False)
 
 
-def _pretraining_arguments(spec: Organism, n: int, seed: int, folder: Path) -> TrainingArguments:
+def pretraining_arguments(spec: Organism, n: int, seed: int, folder: Path) -> TrainingArguments:
     steps = -(-n // spec.batch_size)
     return TrainingArguments(
         output_dir=str(folder),

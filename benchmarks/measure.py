@@ -1,0 +1,169 @@
+"""Verify that the contenders compute the same, time them, print the table and write the JSON."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from benchmarks import contenders
+from benchmarks.subject import LAYERS, LENGTHS, N_PROMPTS, VOCABULARY, WIDTH, Subject, subject
+from helpers import models
+
+REPETITIONS = 7
+SWEEP_REPETITIONS = 5
+TOLERANCE = 1e-3  # largest difference of two float32 states of size 1 that batching may make
+
+Times = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A ratio of medians of seconds, its smallest and largest value in one repetition, and what it should be at most.
+
+    A target of None marks a ratio that is reported and not aimed at.
+    """
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    target: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.target is None:
+            return ""
+        return "met" if self.ratio <= self.target else "missed"
+
+
+def main(path: Path) -> None:
+    """Measure everything on one subject and write `path`."""
+    s = subject()
+    extraction, differences = measure_extraction(s)
+    steering, sweep, agreement = measure_generation(s)
+    times = extraction | steering | sweep
+    rows = [
+        row("extraction / plain forward pass", times, "ours", "plain", 0.80),
+        row("extraction / repeng", times, "ours", "repeng", 0.75),
+        row("extraction / nnsight", times, "ours", "nnsight", 0.75),
+        row("extraction / nnsight, stopped before the unembedding", times, "ours", "nnsight_stopped", None),
+        row("generation with a vector / without", times, "with vector", "without", 1.05),
+        row(f"sweep of {len(contenders.DOSES)} doses as one batch / in runs", times, "one batch", "runs", 0.60),
+    ]
+    print(table(rows))
+    report = {
+        "about": about(),
+        "rows": [asdict(r) | {"verdict": r.verdict} for r in rows],
+        "seconds": times,
+        "largest_difference": differences,
+        "sweep_agreement": agreement,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure_extraction(s: Subject) -> tuple[Times, dict[str, float]]:
+    """Seconds of each way to the states, and how far each one's states are from ours. Raises ValueError if too far."""
+    calls = {
+        "ours": contenders.ours(s),
+        "plain": contenders.plain(s),
+        "repeng": contenders.repeng(s),
+        "nnsight": contenders.nnsight_full(s),
+        "nnsight_stopped": contenders.nnsight_stopped(s),
+    }
+    differences = check_states(s, {name: call() for name, call in calls.items()})  # the warm-up too
+    return interleaved(calls, REPETITIONS), differences
+
+
+def measure_generation(s: Subject) -> tuple[Times, Times, float]:
+    """Seconds of generation with and without a vector, of both sweeps, and the share of tokens in which these agree."""
+    deltas = contenders.doses(s)
+    vector = deltas[[contenders.DOSES.index(1.0)]]
+    steering = {
+        "with vector": contenders.generate(s, vector, contenders.GENERATE_PROMPTS),
+        "without": contenders.generate(s, None, contenders.GENERATE_PROMPTS),
+    }
+    sweep = {
+        "one batch": contenders.generate(s, deltas, contenders.SWEEP_PROMPTS),
+        "runs": contenders.sweep_in_runs(s, deltas),
+    }
+    if torch.equal(steering["with vector"](), steering["without"]()):
+        raise ValueError("The vector changed no answer: what is timed is not steering.")
+    agreement = (sweep["one batch"]() == sweep["runs"]()).double().mean().item()
+    if agreement < 0.9:  # a greedy answer goes its own way after a tie that rounding has broken
+        raise ValueError(f"The two sweeps agree in {agreement:.0%} of the tokens: they do not do the same.")
+    return interleaved(steering, REPETITIONS), interleaved(sweep, SWEEP_REPETITIONS), agreement
+
+
+def check_states(s: Subject, states: dict[str, Tensor]) -> dict[str, float]:
+    """The largest difference of each contender's states (the plain pass: logits) from ours."""
+    final = len(models.sites(s.model)) - 1
+    ours = states["ours"]  # (N, L + 2, d)
+    expected = {
+        "plain": models.unembedding(s.model)(ours[:, final]),
+        "repeng": ours[:, [*range(1, LAYERS), final]],
+        "nnsight": ours,
+        "nnsight_stopped": ours,
+    }
+    differences = {name: (states[name] - expected[name]).abs().max().item() for name in expected}
+    for name, difference in differences.items():
+        if not difference < TOLERANCE:
+            raise ValueError(f"The states of {name} differ from ours by {difference:.2g}: it does not do the same.")
+    return differences
+
+
+def interleaved(calls: dict[str, Callable[[], Tensor]], repetitions: int) -> Times:
+    """Seconds of each call, already warmed up, in rounds whose order rotates."""
+    names = list(calls)
+    times: Times = {name: [] for name in names}
+    for i in range(repetitions):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            start = perf_counter()
+            calls[name]()
+            times[name].append(perf_counter() - start)
+    return times
+
+
+def row(name: str, times: Times, above: str, below: str, target: float | None) -> Row:
+    """The ratio of one call's seconds to another's."""
+    ratios = [a / b for a, b in zip(times[above], times[below])]
+    return Row(name, median(times[above]) / median(times[below]), min(ratios), max(ratios), target)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| what | ratio | spread | target | |", "|---|---|---|---|---|"]
+    for r in rows:
+        target = "" if r.target is None else f"<= {r.target:.2f}"
+        lines.append(f"| {r.name} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {target} | {r.verdict} |")
+    return "\n".join(lines)
+
+
+def about() -> dict:
+    """What the figures depend on: versions, cores, the model and the prompts."""
+    packages = ("torch", "transformers", "repeng", "nnsight")
+    return {
+        "versions": {name: version(name) for name in packages},
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "model": {"layers": LAYERS, "width": WIDTH, "vocabulary": VOCABULARY, "dtype": "float32"},
+        "prompts": {"n": N_PROMPTS, "tokens": LENGTHS, "batch": contenders.BATCH},
+        "generation": {
+            "prompts": contenders.GENERATE_PROMPTS,
+            "sweep_prompts": contenders.SWEEP_PROMPTS,
+            "new_tokens": contenders.NEW_TOKENS,
+        },
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

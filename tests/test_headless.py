@@ -1,0 +1,236 @@
+"""A notebook run headlessly: finished only when every cell has run, tidy, and explained when it fails."""
+
+import os
+import sys
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from papermill.exceptions import PapermillExecutionError
+
+from helpers import artifacts, headless
+
+PARAMETERS = 'PROFILE = "atlas"\nMODEL = ""\nDATA = ""'
+BARS = """import sys, warnings
+from tqdm import tqdm
+for _ in tqdm(range(3), desc="answers, base", mininterval=0):
+    pass
+for _ in tqdm(range(3), desc="gone", leave=False, mininterval=0):
+    pass
+warnings.warn("mind the gap")
+print("on its own", file=sys.stderr)"""
+
+
+def write(folder, name, *sources):
+    """A notebook with a parameters cell and these code cells."""
+    cells = [new_markdown_cell("# A title"), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(source) for source in sources]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
+
+
+def finished_run(folder, *sources, parameters=None):
+    notebooks = folder / "notebooks"
+    notebooks.mkdir()
+    write(notebooks, "stub", *sources)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(headless, "NOTEBOOKS", notebooks)
+        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+        return headless.run("stub", parameters or {}, folder / "out")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    out = folder / "out"
+    out.mkdir()
+    (out / "stub.ipynb").write_text("an older run")
+    return finished_run(folder, "print(PROFILE, MODEL)", BARS, "import os\nos.getcwd()", parameters={"MODEL": "m/n"})
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """The error of a notebook whose second code cell fails, and its folder, where a finished run was before."""
+    folder = tmp_path_factory.mktemp("failed")
+    (folder / "out").mkdir()
+    (folder / "out" / "stub.ipynb").write_text("an older run")
+    long = "\n".join(f"x{i} = {i}" for i in range(40)) + "\nraise ValueError('first line\\n' + 'next\\n' * 50)"
+    with pytest.raises(PapermillExecutionError) as caught:
+        finished_run(folder, "print('so far')", long, "print('never')")
+    return caught.value, folder / "out"
+
+
+def outputs(path):
+    """All outputs of a notebook's code cells."""
+    return [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+
+
+def stream(path, name):
+    return "".join(output.text for output in outputs(path) if output.get("name") == name)
+
+
+def test_a_finished_notebook_stands_alone_beside_its_log(good):
+    assert sorted(path.name for path in good.parent.iterdir()) == ["stub.ipynb", "stub.log"]
+    nbformat.validate(nbformat.read(good, as_version=4))
+    counts = [cell.execution_count for cell in nbformat.read(good, as_version=4).cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_parameters_given_replace_the_notebooks_own(good):
+    assert stream(good, "stdout") == "atlas m/n\n"
+
+
+def test_notebooks_run_in_their_own_folder(good):
+    (result,) = [output for output in outputs(good) if output.output_type == "execute_result"]
+    assert result.data["text/plain"] == repr(str(good.parents[1] / "notebooks"))
+
+
+def test_progress_bars_are_dropped_and_warnings_are_kept(good):
+    kept = stream(good, "stderr")
+    assert "mind the gap" in kept and "on its own" in kept
+    assert "%|" not in kept and "it/s" not in kept and "\r" not in kept and "answers, base" not in kept
+
+
+def test_the_log_holds_all_that_was_printed(good):
+    log = good.with_suffix(".log").read_text()
+    assert all(text in log for text in ("atlas m/n", "mind the gap", "answers, base", "100%|"))
+
+
+def test_nothing_of_the_run_stays_in_the_metadata(good):
+    notebook = nbformat.read(good, as_version=4)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert {key for cell in notebook.cells for key in cell.metadata} == {"tags"}
+    assert not any(cell.metadata.get("tags") == [] for cell in notebook.cells)
+
+
+def test_bars_are_told_from_what_only_looks_alike():
+    def left(text, name="stderr"):
+        output = nbformat.v4.new_output("stream", name=name, text=text)
+        cell = headless.tidied(new_notebook(cells=[new_code_cell(outputs=[output])])).cells[0]
+        return [output.text for output in cell.outputs]
+
+    bar = "states, base:  40%|████      | 2/5 [00:01<00:02,  1.2it/s]"
+    assert left(f"\r{bar}\r{' ' * 60}\r") == []
+    assert left(f"\r{bar}\nUserWarning: 40% of [them]\n") == ["UserWarning: 40% of [them]"]
+    assert left(bar, "stdout") == [bar]  # what a cell prints is its own
+
+
+def test_a_failing_notebook_leaves_what_had_run_and_no_finished_file(failed):
+    _, folder = failed
+    assert sorted(path.name for path in folder.iterdir()) == ["stub.log", "stub.partial.ipynb"]
+    assert "so far" in stream(folder / "stub.partial.ipynb", "stdout") and "never" not in str(
+        outputs(folder / "stub.partial.ipynb")
+    )
+    assert "so far" in (folder / "stub.log").read_text()
+
+
+def test_what_failed_is_explained_on_one_screen(failed):
+    error, folder = failed
+    text = headless.explain("02_some_notebook", error, folder)
+    assert len(text.splitlines()) <= 30
+    assert "02_some_notebook failed in code cell 3:" in text
+    assert "    x0 = 0" in text and "ValueError: first line" in text
+    assert "02_some_notebook.log" in text and "02_some_notebook.partial.ipynb" in text
+
+
+def test_a_short_failure_is_shown_whole(tmp_path):
+    error = PapermillExecutionError(4, 2, "a = 1\nb = a / 0\n", "ZeroDivisionError", "division by zero", [])
+    text = headless.explain("stub", error, artifacts.PROJECT / "build" / "atlas")
+    assert "    a = 1\n    b = a / 0\n" in text and "ZeroDivisionError: division by zero" in text
+    assert "build/atlas/stub.log" in text and str(artifacts.PROJECT) not in text
+
+
+def test_a_notebook_that_leaves_early_is_not_finished(tmp_path):
+    """papermill takes sys.exit(0) for success."""
+    with pytest.raises(PapermillExecutionError) as caught:
+        finished_run(tmp_path, "import sys\nsys.exit(0)", "print('never')")
+    assert caught.value.exec_count == 2 and "sys.exit" in caught.value.source
+    assert not (tmp_path / "out" / "stub.ipynb").exists()
+
+
+# --- The command line ---
+
+
+class Calls(list):
+    """Stands in for `headless.run`: notes its arguments; fails where told to."""
+
+    failing = None
+
+    def __call__(self, name, parameters, folder):
+        self.append((name, parameters, folder))
+        if name == self.failing:
+            raise PapermillExecutionError(1, 2, "1 / 0", "ZeroDivisionError", "division by zero", [])
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    found = Calls()
+    monkeypatch.setattr(headless, "run", found)
+    monkeypatch.setattr(artifacts, "PROJECT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["headless", *arguments])
+    return headless.main()
+
+
+def test_a_default_run_gives_no_parameters(calls, monkeypatch, tmp_path, capsys):
+    assert main(monkeypatch, "00_a", "01_b", "--profile", "atlas", "--model", "", "--data", "") == 0
+    assert calls == [("00_a", {}, tmp_path / "build" / "atlas"), ("01_b", {}, tmp_path / "build" / "atlas")]
+    assert "00_a (atlas) done in" in capsys.readouterr().err
+
+
+def test_what_is_given_reaches_the_notebook_paths_made_absolute(calls, monkeypatch, tmp_path):
+    (tmp_path / "mine.toml").write_text("seed = 1\n")
+    (tmp_path / "model").mkdir()
+    assert main(monkeypatch, "00_a", "--profile", "mine.toml", "--model", "model", "--data", "atlas:belief") == 0
+    given = {"PROFILE": str(tmp_path / "mine.toml"), "MODEL": str(tmp_path / "model"), "DATA": "atlas:belief"}
+    assert calls == [("00_a", given, tmp_path / "build" / "mine")]
+    main(monkeypatch, "00_a", "--profile", "tinystories", "--model", "some/hub-id")
+    assert calls[-1][1] == {"PROFILE": "tinystories", "MODEL": "some/hub-id"}
+
+
+def test_the_folder_is_the_one_that_make_expects_whatever_the_profile_calls_itself(calls, monkeypatch, tmp_path):
+    """The Makefile knows the file's name alone."""
+    (tmp_path / "mine.toml").write_text('name = "own"\n')
+    main(monkeypatch, "00_a", "--profile", str(tmp_path / "mine.toml"))
+    assert calls[0][2] == tmp_path / "build" / "mine"
+
+
+def test_a_folder_that_is_called_like_a_profile_is_not_taken_for_it(calls, monkeypatch, tmp_path):
+    (tmp_path / "tinystories").mkdir()
+    assert main(monkeypatch, "00_a", "--profile", "tinystories") == 0
+    assert calls[0][1] == {"PROFILE": "tinystories"}
+
+
+@pytest.mark.parametrize("profile", ["atals", "nowhere.toml"])
+def test_an_unknown_profile_is_one_sentence_and_nothing_runs(calls, monkeypatch, capsys, profile):
+    assert main(monkeypatch, "00_a", "--profile", profile) == 2
+    said = capsys.readouterr().err.strip()
+    assert profile in said and "\n" not in said and calls == []
+
+
+def test_a_failure_is_explained_and_stops_the_rest(calls, monkeypatch, capsys):
+    calls.failing = "00_a"
+    assert main(monkeypatch, "00_a", "01_b") == 1
+    assert [name for name, _, _ in calls] == ["00_a"]
+    assert "Notebook 00_a failed in code cell 2" in capsys.readouterr().err
+
+
+def test_publishing_copies_executed_notebooks_and_leaves_make_nothing_to_do(calls, monkeypatch, tmp_path):
+    notebooks, built = tmp_path / "notebooks", tmp_path / "build" / "atlas"
+    notebooks.mkdir()
+    built.mkdir(parents=True)
+    monkeypatch.setattr(headless, "NOTEBOOKS", notebooks)
+    for name in ("00_a", "01_b"):
+        (notebooks / f"{name}.ipynb").write_text("source")
+        (built / f"{name}.ipynb").write_text(f"executed {name}")
+        os.utime(built / f"{name}.ipynb", (1, 1))
+    assert main(monkeypatch, "--publish", "00_a", "01_b", "--profile", "atlas") == 0
+    for name in ("00_a", "01_b"):
+        assert (notebooks / f"{name}.ipynb").read_text() == f"executed {name}"
+        assert (built / f"{name}.ipynb").stat().st_mtime_ns >= (notebooks / f"{name}.ipynb").stat().st_mtime_ns
+    assert (built / "01_b.ipynb").stat().st_mtime_ns >= (built / "00_a.ipynb").stat().st_mtime_ns
+    assert calls == []

@@ -1,0 +1,100 @@
+"""The committed notebooks: executed in order, nothing failed, and nothing in them of the machine they ran on."""
+
+import re
+
+import nbformat
+import pytest
+
+from helpers import artifacts
+
+PATHS = sorted((artifacts.PROJECT / "notebooks").glob("*.ipynb"))
+MACHINE_PATH = re.compile(r"(?<![\w.~-])/(work|root|home|tmp|Users)\b")
+LONGEST_CELL = 30
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def outputs(path):
+    return [output for cell in code_cells(path) for output in cell.outputs]
+
+
+def texts(path):
+    """(where, text) of all that a reader can see: sources and outputs, pictures' bytes left out."""
+    for i, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        yield f"cell {i}", cell.source
+        for output in cell.get("outputs", []):
+            yield f"output of cell {i}", output.get("text", "") + "\n".join(output.get("traceback", []))
+            for kind, content in output.get("data", {}).items():
+                if not kind.startswith("image/") or kind == "image/svg+xml":
+                    yield f"output of cell {i} ({kind})", str(content)
+
+
+def test_there_are_notebooks_and_each_has_a_number_of_its_own():
+    numbers = [path.stem[:2] for path in PATHS]
+    assert numbers == [f"{i:02d}" for i in range(len(numbers))] and numbers
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("/work/main/x", True),
+        ("see '/tmp/a'", True),
+        ("/home", True),
+        ("a/home/b", False),
+        ("~/tmp/x", False),
+        ("/working", False),
+    ],
+)
+def test_machine_paths_are_told_from_others(text, found):
+    assert bool(MACHINE_PATH.search(text)) == found
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+class TestEachNotebook:
+    def test_is_valid(self, path):
+        nbformat.validate(nbformat.read(path, as_version=4))
+
+    def test_opens_with_its_question_what_it_reads_and_writes_and_how_long_it_takes(self, path):
+        first = nbformat.read(path, as_version=4).cells[0]
+        assert first.cell_type == "markdown" and first.source.startswith(f"# {path.stem[:2]} · ")
+        assert re.search(r"\*\*Question\.\*\* .*\?", first.source, flags=re.DOTALL)
+        for word in ("Reads", "Writes", "Takes"):
+            assert re.search(rf"^\| \*\*{word}\*\* \| .*\w.* \|$", first.source, flags=re.MULTILINE), word
+
+    def test_closes_with_what_was_found(self, path):
+        headings = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.source.startswith("## ")]
+        assert headings[-1].startswith("## What was found, and what would change our mind")
+
+    def test_has_one_parameters_cell_with_the_defaults(self, path):
+        (cell,) = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+        given = {}
+        exec(cell.source, {}, given)
+        assert given == {"PROFILE": "atlas", "MODEL": "", "DATA": ""}
+        assert not any("injected-parameters" in c.metadata.get("tags", []) for c in code_cells(path))
+
+    def test_was_run_once_from_top_to_bottom(self, path):
+        counts = [cell.execution_count for cell in code_cells(path)]
+        assert counts == list(range(1, len(counts) + 1))
+
+    def test_has_outputs_but_no_errors_warnings_or_widgets(self, path):
+        assert any("image/png" in output.get("data", {}) for output in outputs(path))
+        assert [
+            output for output in outputs(path) if output.output_type == "error" or output.get("name") == "stderr"
+        ] == []
+        kinds = {kind for output in outputs(path) for kind in output.get("data", {})}
+        assert not any("widget" in kind for kind in kinds)
+        assert "widgets" not in nbformat.read(path, as_version=4).metadata
+
+    def test_names_no_path_of_a_machine(self, path):
+        assert [(where, text[:80]) for where, text in texts(path) if MACHINE_PATH.search(text)] == []
+
+    def test_has_short_code_cells(self, path):
+        lengths = [len(cell.source.splitlines()) for cell in code_cells(path)]
+        assert max(lengths) <= LONGEST_CELL
+
+    def test_keeps_no_metadata_of_a_run(self, path):
+        notebook = nbformat.read(path, as_version=4)
+        assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+        assert {key for cell in notebook.cells for key in cell.metadata} <= {"tags"}

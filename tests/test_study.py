@@ -1,0 +1,380 @@
+"""A study's stages: computed once, the same from the cache, and equal to what plain forward passes give."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import recorded
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from helpers import activations, artifacts, generation, models, preferences, profiles, steering, study, training
+from helpers.profiles import Health, Organism, Recipe, Sizes
+from helpers.study import Study, failed_criteria
+
+PROFILE = replace(
+    profiles.BUILT_IN["atlas"],
+    name="tiny",
+    organism=Organism(places=20, corpus=960, vocabulary=300, width=32, layers=2),
+    recipes=(Recipe(learning_rate=1e-2, epochs=1, batch_size=8, rank=4),),
+    sizes=Sizes(heldin=24, validation=6, heldout=8, new_tokens=10),
+)
+SITES = ["resid[0]", "resid[1]", "resid[2]", "final"]
+close = torch.testing.assert_close
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSTEER_ARTIFACTS", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The study of the tiny profile, its base and its DPO partner trained."""
+    made = Study(PROFILE)
+    assert made.pair is not None
+    return made
+
+
+@pytest.fixture
+def alone(trained, monkeypatch):
+    """What runs inside may read the cache and make nothing."""
+
+    def refuse(*_, **__):
+        raise AssertionError("computed again")
+
+    for module, name in (
+        (training, "Trainer"), (training, "_TokenisedDPOTrainer"), (generation, "sample"),
+        (activations, "hidden_states"), (artifacts, "_write"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, refuse)
+
+
+@pytest.fixture(scope="module")
+def deltas(trained):
+    """Dose 0 and dose 2 of v* at the final site."""
+    v = trained.vector().vector
+    return torch.stack([0 * v, 2 * v])
+
+
+@pytest.fixture(scope="module")
+def plain(trained):
+    """The base and the DPO model by transformers and PEFT alone, in float64 and one sequence at a time."""
+    base = AutoModelForCausalLM.from_pretrained(trained.source.path).double().eval()
+    dpo = AutoModelForCausalLM.from_pretrained(trained.source.path)
+    dpo = PeftModel.from_pretrained(dpo, trained.chosen.adapter.path).double().eval()
+    return {"base": base, "dpo": dpo.get_base_model()}
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+# --- The cache ---
+
+STAGES = {
+    "examples": lambda s: s.examples,
+    "encoded": lambda s: s.encoded("validation"),
+    "health": lambda s: [(t.recipe, t.measured, t.failed) for t in s.trials],
+    "log": lambda s: s.chosen.log.to_dict(),
+    "validation answers": lambda s: s.chosen.answers.to_dict(),
+    "states": lambda s: {key: value.tolist() for key, value in s.states("heldout").items()},
+    "vector": lambda s: [s.vector(site).vector.tolist() for site in s.sites],
+    "answers of the base": lambda s: s.answers("base", "heldout").to_dict(),
+    "answers of the DPO model": lambda s: s.answers("dpo", "validation").to_dict(),
+    "sweep": lambda s: s.sweep("base", "final", torch.eye(2, 32)).to_dict(),
+    "likelihood sweep": lambda s: s.likelihood_sweep("dpo", "resid[1]", torch.eye(2, 32)).to_dict(),
+    "weights": lambda s: {name: value.tolist() for name, value in s.pair.model.state_dict().items()},
+}
+
+
+@pytest.fixture(scope="module")
+def first(trained):
+    return {name: stage(trained) for name, stage in STAGES.items()}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_new_study_gets_the_same_from_the_cache_and_computes_nothing(first, alone, name):
+    assert STAGES[name](Study(PROFILE)) == first[name]
+
+
+def test_a_study_that_is_not_in_the_cache_would_be_computed(alone):
+    with pytest.raises(AssertionError, match="computed again"):
+        assert Study(replace(PROFILE, seed=1)).base
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"dtype": "float64"}, {"data": "atlas:belief"}, {"sizes": replace(PROFILE.sizes, new_tokens=11)}],
+)
+def test_what_decides_the_values_decides_the_key(trained, monkeypatch, change):
+    """Nothing of another study is taken for this one's: states, answers and adapters are all made from the examples."""
+    keys = []
+    monkeypatch.setattr(artifacts, "_write", lambda path, key, *_: keys.append(key))
+    monkeypatch.setattr(artifacts, "root", lambda: trained.source.path / "nowhere")
+    assert Study(PROFILE)._examples.key == trained._examples.key
+    assert Study(replace(PROFILE, **change))._examples.key != trained._examples.key
+
+
+def test_the_name_of_a_profile_decides_no_content(trained, alone):
+    assert Study(replace(PROFILE, name="other")).chosen.adapter == trained.chosen.adapter
+
+
+def test_load_is_the_study_of_a_profile_with_its_model_and_data_replaced():
+    assert study.load("atlas").profile == profiles.BUILT_IN["atlas"]
+    assert study.load("atlas", "some/model", "atlas:belief").profile == profiles.load(
+        "atlas", "some/model", "atlas:belief"
+    )
+    assert study.load("atlas").hash != study.load("atlas", "", "atlas:belief").hash
+
+
+# --- Models and data ---
+
+
+def test_splits_have_the_sizes_asked_for_and_share_no_prompt(trained):
+    assert {split: len(rows) for split, rows in trained.examples.items()} == {
+        "heldin": 24,
+        "validation": 6,
+        "heldout": 8,
+    }
+    prompts = [e.prompt for rows in trained.examples.values() for e in rows]
+    assert len(set(prompts)) == len(prompts)
+    assert trained.examples == trained.task.examples(None, None)  # through JSON and back
+
+
+def test_encoded_pairs_are_the_examples(trained):
+    chosen, rejected = trained.encoded("heldout")
+    for tokens, other, example in zip(chosen, rejected, trained.examples["heldout"]):
+        assert tokens == preferences.encode(trained.tokenizer, example.prompt, example.chosen)
+        assert other == preferences.encode(trained.tokenizer, example.prompt, example.rejected)
+
+
+def test_the_roles_are_the_base_and_its_partner(trained, plain):
+    ids = trained.encoded("heldout")[0][0].ids
+    found = {}
+    for role in models.ROLES:
+        with trained.playing(role) as model:
+            found[role] = logits(model, ids)
+            close(found[role].double(), logits(plain[role], ids), atol=1e-4, rtol=1e-4)
+    assert (found["dpo"] - found["base"]).abs().max() > 0.01
+
+
+def test_the_base_plays_without_a_partner(trained, alone, monkeypatch):
+    monkeypatch.setattr(Study, "trials", property(lambda self: pytest.fail("asked for a DPO partner")))
+    alone_study = Study(PROFILE)
+    with alone_study.playing("base") as model:
+        assert model is alone_study.base
+    assert alone_study.sites == SITES
+
+
+def test_reward_margins_are_what_dpo_added_to_the_log_ratio(trained, plain):
+    expected = []
+    for pair in zip(*trained.encoded("heldout")):
+        ratio = {}
+        for role, model in plain.items():
+            chosen, rejected = (
+                logits(model, t.ids)
+                .log_softmax(-1)[len(t.prompt) - 1 : -1]
+                .gather(1, torch.tensor(t.response)[:, None])
+                .sum()
+                for t in pair
+            )
+            ratio[role] = (chosen - rejected).item()
+        expected.append(ratio["dpo"] - ratio["base"])
+    assert trained.reward_margins("heldout") == pytest.approx(np.array(expected), abs=1e-3)
+
+
+# --- States and directions ---
+
+
+def test_states_are_those_of_a_plain_forward_pass(trained, plain):
+    states = trained.states("heldout")
+    keys = {(role, site, position) for role in models.ROLES for site in SITES for position in activations.POSITIONS}
+    assert states.keys() == keys
+    assert all(value.shape == (8, 32) and value.dtype == torch.float32 for value in states.values())
+    for i, tokens in enumerate(trained.encoded("heldout")[0]):
+        for role, model in plain.items():
+            with recorded(model, "model.layers") as found:
+                logits(model, tokens.ids)
+            for site in SITES:
+                seen, n = found[site][0], len(tokens.prompt)
+                close(states[role, site, "prompt_last"][i], seen[n - 1].float(), atol=1e-4, rtol=1e-4)
+                close(states[role, site, "response_mean"][i], seen[n:].mean(0).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_dpo_moves_no_embedding_and_every_later_state(trained):
+    for position in activations.POSITIONS:
+        assert not trained.displacements("heldout", "resid[0]", position).any()
+        for site in SITES[1:]:
+            assert trained.displacements("heldout", site, position).norm(dim=1).min() > 1e-3
+
+
+def test_v_star_is_the_mean_displacement_over_held_in_prompts(trained):
+    states = trained.states("heldin")
+    for site in SITES:
+        for position in activations.POSITIONS:
+            v = trained.vector(site, position)
+            moved = states["dpo", site, position].double() - states["base", site, position].double()
+            close(v.vector.double(), moved.sum(0) / 24, atol=1e-6, rtol=1e-5)
+            assert (v.site, v.position, v.n_prompts, v.profile, v.profile_hash) == (
+                site,
+                position,
+                24,
+                "tiny",
+                trained.hash,
+            )
+            assert v.state_norm == pytest.approx(
+                np.linalg.norm(states["base", site, position].numpy(), axis=1).mean(), rel=1e-5
+            )
+    assert trained.vector().norm > 0
+    trained.vector().check_fits(trained.pair.model)
+
+
+def test_v_token_is_the_mean_of_e_w_less_e_l_where_the_answers_part(trained, plain):
+    W, rows = plain["base"].lm_head.weight.detach(), []
+    for chosen, rejected in zip(*trained.encoded("heldin")):
+        w, l = next((a, b) for a, b in zip(chosen.response, rejected.response) if a != b)
+        rows.append(W[w] - W[l])
+    found = trained.token_vector()
+    close(found.vector.double(), sum(rows) / len(rows), atol=1e-6, rtol=1e-5)
+    assert (found.site, found.name, found.n_prompts) == ("final", "v_token", 24) and found.norm > 0
+
+
+# --- Answers, steered or not ---
+
+
+def test_answers_are_sampled_in_the_order_of_the_prompts_and_judged(trained):
+    table = trained.answers("base", "heldout")
+    assert list(table["prompt"]) == list(range(8)) and set(table["arm"]) == {0}
+    assert table["text"].nunique() > 1 and table["ids"].map(len).max() <= 10
+    for row, example in zip(table.itertuples(), trained.examples["heldout"]):
+        assert row.text == trained.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
+        assert {"preferred": row.preferred, "fact": row.fact} == {
+            key: value for key, value in trained.task.judge(example, row.text).items() if key in ("preferred", "fact")
+        }
+
+
+@pytest.mark.parametrize("role", models.ROLES)
+@pytest.mark.parametrize("site, span", [("final", "response"), ("resid[1]", "response"), ("resid[1]", "all")])
+def test_a_dose_of_zero_gives_the_answers_unsteered(trained, deltas, role, site, span):
+    table = trained.sweep(role, site, deltas * 30, span)
+    unsteered = trained.answers(role, "heldout")
+    zero, steered = (table[table["arm"] == arm].reset_index(drop=True) for arm in (0, 1))
+    assert zero.drop(columns="arm").equals(unsteered.drop(columns="arm"))
+    assert steered["text"].tolist() != zero["text"].tolist() and len(steered) == len(zero) == 8
+
+
+def test_a_sweep_answers_as_a_model_with_a_shifted_logit_bias_does(trained, plain, deltas):
+    """At the final site, adding v is adding W v to the logits: the same noise, decoded by hand."""
+    shift = plain["base"].lm_head.weight.detach() @ deltas[1].double()
+    table = trained.sweep("base", "final", deltas)
+    for i in (0, 5):
+        prompt = trained.encoded("heldout")[0][i].prompt
+        noise = generation.GumbelNoise([i], 1, PROFILE.seed)
+        ids = []
+        while len(ids) < 10:
+            scores = (logits(plain["base"], prompt + ids)[-1] + shift).float()
+            ids.append(noise(None, scores[None])[0].argmax().item())
+            if ids[-1] == trained.tokenizer.eos_token_id:
+                ids.pop()
+                break
+        assert table[(table["arm"] == 1) & (table["prompt"] == i)]["ids"].item() == ids
+
+
+@pytest.mark.parametrize("role, goal", [("base", "dpo"), ("dpo", "base")])
+def test_the_likelihood_sweep_is_kl_and_preference_by_hand(trained, plain, deltas, role, goal):
+    """KL(goal || steered) on the goal's own answers, and whether the chosen answer is likelier, at doses 0 and 2."""
+    table = trained.likelihood_sweep(role, "final", deltas)
+    assert [*zip(table["arm"], table["prompt"])] == [(arm, i) for arm in (0, 1) for i in range(8)]
+    answers = trained.answers(goal, "heldout")["ids"]
+    pairs = list(zip(*trained.encoded("heldout")))
+    W = plain["base"].lm_head.weight.detach()
+    for row in table.itertuples():
+        shift = W @ deltas[row.arm].double()
+
+        def logp(model, tokens, shift=shift):
+            scores = logits(model, tokens.ids)[len(tokens.prompt) - 1 : -1] + shift
+            return scores.log_softmax(-1)
+
+        answered = activations.Tokens(pairs[row.prompt][0].prompt, answers[row.prompt])
+        p, q = logp(plain[goal], answered, 0.0), logp(plain[role], answered)
+        assert row.kl == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-3, abs=1e-4)
+        chosen, rejected = (
+            logp(plain[role], tokens).gather(1, torch.tensor(tokens.response)[:, None]).sum().item()
+            for tokens in pairs[row.prompt]
+        )
+        assert row.prefers == float(chosen > rejected)
+    assert (table["kl"] >= 0).all() and table[table["arm"] == 0]["kl"].mean() > 1e-3
+
+
+def test_inside_the_network_the_steered_positions_are_those_that_predict_the_response(trained, plain):
+    """At resid[1], added from each prompt's last token on, and with span "all" from the first."""
+    delta = trained.vector("resid[1]").vector
+    answers = trained.answers("dpo", "heldout")["ids"]
+    for span in ("response", "all"):
+        table = trained.likelihood_sweep("base", "resid[1]", delta[None], span)
+        for i in (1, 6):
+            prompt = trained.encoded("heldout")[0][i].prompt
+            start = len(prompt) - 1
+            with steering.added(plain["base"], "resid[1]", delta.double(), start if span == "response" else 0):
+                q = logits(plain["base"], prompt + answers[i])[start:-1].log_softmax(-1)
+            p = logits(plain["dpo"], prompt + answers[i])[start:-1].log_softmax(-1)
+            expected = (p.exp() * (p - q)).sum().item()
+            assert table["kl"][i] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+# --- Health and choice ---
+
+HEALTHY = {"reward_accuracy": 0.95, "preferred": 0.8, "fact_loss": 0.05, "well_formed": 0.97}
+
+
+@pytest.mark.parametrize(
+    "name, value", [("reward_accuracy", 0.94), ("preferred", 0.79), ("fact_loss", 0.06), ("well_formed", 0.96)]
+)
+def test_each_criterion_can_fail(name, value):
+    limits = Health(0.95, 0.8, 0.05, 0.97, 2.0)
+    assert failed_criteria(HEALTHY, limits) == []  # a value at its limit is healthy
+    assert failed_criteria({**HEALTHY, name: value}, limits) == [name]
+    assert failed_criteria({name: float("nan")}, limits) == [name]
+
+
+def test_text_without_rules_has_its_own_criterion():
+    limits = Health(max_perplexity_ratio=2.0)
+    assert failed_criteria({"perplexity_ratio": 2.0}, limits) == []
+    assert failed_criteria({"perplexity_ratio": 2.1}, limits) == ["perplexity_ratio"]
+
+
+def test_health_is_measured_on_validation_prompts(trained):
+    measured, dpo = trained.chosen.measured, trained.answers("dpo", "validation")
+    base = trained.answers("base", "validation")
+    assert measured["preferred"] == pytest.approx(dpo["preferred"].mean())
+    assert measured["well_formed"] == pytest.approx(dpo["well_formed"].mean())
+    assert measured["fact_loss"] == pytest.approx(base["fact"].mean() - dpo["fact"].mean())
+    assert measured["reward_accuracy"] == pytest.approx((trained.reward_margins("validation") > 0).mean())
+    assert trained.chosen.answers["text"].tolist() == dpo["text"].tolist()
+    assert trained.chosen.failed == failed_criteria(measured, PROFILE.health)
+
+
+@pytest.mark.parametrize(
+    "failures, tried, chosen",
+    [
+        ([0], 1, 0),
+        ([2, 0, 0], 2, 1),  # the first healthy one, and the rest is not tried
+        ([2, 1, 3], 3, 1),  # none is healthy: the fewest failures
+        ([1, 2, 1], 3, 0),  # the first of equals
+    ],
+)
+def test_recipes_are_tried_in_order_up_to_the_first_healthy_one(monkeypatch, failures, tried, chosen):
+    recipes = tuple(Recipe(beta=float(i)) for i in range(len(failures)))
+    fails = dict(zip(recipes, failures))
+    trial = staticmethod(lambda recipe: SimpleNamespace(recipe=recipe, failed=["criterion"] * fails[recipe]))
+    monkeypatch.setattr(Study, "_trial", trial)
+    made = Study(replace(PROFILE, recipes=recipes))
+    assert [t.recipe for t in made.trials] == list(recipes[:tried])
+    assert made.chosen.recipe == recipes[chosen] and made.chosen is made.trials[chosen]
