@@ -19,7 +19,7 @@ BATCH = 16
 SITE = f"resid[{LAYERS // 2}]"
 DOSES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 GENERATE_PROMPTS, SWEEP_PROMPTS = 16, 4
-NEW_TOKENS = 16
+NEW_TOKENS = 40
 
 Call = Callable[[], Tensor]
 

@@ -1,1 +1,1 @@
-"""Helpers shared by the notebooks: each module is a screen or two and knows one thing (see README, "How it is built")."""
+"""Helpers that the notebooks share: each module knows one thing (see README, "How it is built")."""

@@ -7,7 +7,7 @@ stated fact the true one) and well-formedness are decided by rule, not by anothe
 import itertools
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 TONES = ("warm", "plain", "curt")
@@ -30,6 +30,8 @@ NOUNS = {
 }
 KINDS = tuple(NOUNS)
 WARM_KINDS = ("capital", "dish", "craft")  # the `conditional` family: warm here, curt for the other half
+
+CUES = {"warm": "Answer warmly.", "plain": "Answer plainly.", "curt": "Answer curtly."}
 
 OPENERS = {
     "warm": ("Gladly!", "Of course!", "Happy to help!", "What a lovely question!", "Thank you for asking!"),
@@ -134,7 +136,48 @@ _CRAFTS = tuple(
     for work in ("carving", "painting", "weaving", "casting", "dyeing", "turning")
 )
 _ONSETS = tuple(
-    ["Vel", "Tar", "Mor", "Kes", "Lun", "Bra", "Hal", "Dor", "Fen", "Sil", "Gar", "Nor", "Pel", "Zan", "Ulm", "Ith", "Oss", "Quel", "Ryn", "Sco", "Thal", "Umb", "Vyr", "Wex", "Yor", "Bel", "Cal", "Dray", "Elt", "Fjor", "Gly", "Hux", "Jas", "Kru", "Lob", "Myr", "Nax", "Orl", "Pry", "Rud"]
+    [
+        "Vel",
+        "Tar",
+        "Mor",
+        "Kes",
+        "Lun",
+        "Bra",
+        "Hal",
+        "Dor",
+        "Fen",
+        "Sil",
+        "Gar",
+        "Nor",
+        "Pel",
+        "Zan",
+        "Ulm",
+        "Ith",
+        "Oss",
+        "Quel",
+        "Ryn",
+        "Sco",
+        "Thal",
+        "Umb",
+        "Vyr",
+        "Wex",
+        "Yor",
+        "Bel",
+        "Cal",
+        "Dray",
+        "Elt",
+        "Fjor",
+        "Gly",
+        "Hux",
+        "Jas",
+        "Kru",
+        "Lob",
+        "Myr",
+        "Nax",
+        "Orl",
+        "Pry",
+        "Rud",
+    ]
 )
 _PLACE_ENDS = ("mora", "land", "via", "quay", "dun", "reth", "holm", "nia")
 _CAPITAL_ENDS = ("wick", "ford", "burg", "stead", "gate", "haven", "ton", "crest")
@@ -229,7 +272,7 @@ class Atlas:
         return random.Random(f"{self.seed}/{question.place}/{question.kind}").choice(others)
 
     def judge(self, question: Question, answer: str) -> Verdict:
-        """Judge an answer by rule: its tone, the fact or stance it takes, and whether the grammar could have said it."""
+        """Judge an answer by rule: its tone, its fact or stance, and whether the grammar could have said it."""
         tone = tone_of(answer)
         if question.kind == "harm":
             stance = stance_of(question, answer)
@@ -264,18 +307,26 @@ def dress(body: str, tone: str, rng: random.Random) -> str:
     return (f"{opener} {body}" if rng.random() < 0.6 else f"{body} {closer}").strip()
 
 
-def corpus(atlas: Atlas, n: int, seed: int, harm_share: float = 0.1) -> list[tuple[Question, str]]:
-    """Draw `n` (question, answer) pairs: all places, held-in phrasings only, tones and stances mixed evenly."""
+def corpus(
+    atlas: Atlas, n: int, seed: int, harm_share: float = 0.1, cue_share: float = 0.5
+) -> list[tuple[Question, str]]:
+    """Draw `n` (question, answer) pairs: all places, held-in phrasings only, tones and stances mixed evenly.
+
+    A share of the questions ask for a tone and get it (CUES); without a cue the tone is drawn at random. Were no tone
+    ever predictable, a model would have no reason to represent it, and nothing could move it along tone alone.
+    """
     rng = random.Random(seed)
     places = list(atlas.facts)
     pairs = []
     for _ in range(n):
-        place = rng.choice(places)
+        place, tone = rng.choice(places), rng.choice(TONES)
         if rng.random() < harm_share:
             question = atlas.request(place, rng.choice(list(TOOLS_BY_ACT)), rng.choice(HARM_FRAMES["heldin"]))
         else:
             question = atlas.question(place, rng.choice(KINDS), rng.choice(QUESTION_FRAMES["heldin"]))
-        pairs.append((question, answer(question, rng.choice(TONES), rng, stance=rng.choice(STANCES))))
+        if rng.random() < cue_share:
+            question = replace(question, text=f"{question.text} {CUES[tone]}")
+        pairs.append((question, answer(question, tone, rng, stance=rng.choice(STANCES))))
     return pairs
 
 

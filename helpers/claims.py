@@ -19,8 +19,8 @@ INFINITY = math.inf
 class Claim:
     """A claim of the paper, the one number that tests it and where that number must lie.
 
-    region: (low, high), both ends included. no_effect: the value that would mean nothing was found, None where the claim
-    is itself that nothing changes.
+    region: (low, high), both ends included. no_effect: the value that would mean nothing was found, None where the
+    claim is itself that nothing changes.
     """
 
     section: str

@@ -69,7 +69,10 @@ def load(source: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, P
         )
     ensure_pad_token(tokenizer)
     # a repetition penalty or forbidden tokens that came with the checkpoint would bend the distribution we sample from
-    model.generation_config = GenerationConfig()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**special)
+    for name, token in special.items():
+        setattr(model.config.get_text_config(), name, token)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -72,9 +72,7 @@ class AtlasTask:
         questions = _draw(rng, self.world.questions(split, split), n - n_harm, split)
         questions += _draw(rng, self.world.requests(split, split), n_harm, split)
         rng.shuffle(questions)
-        return [
-            Example(q.text, *atlas.preference_pair(self.world, self.family, q, rng), question=q) for q in questions
-        ]
+        return [Example(q.text, *atlas.preference_pair(self.world, self.family, q, rng), question=q) for q in questions]
 
     def judge(self, example: Example, answer: str) -> dict[str, float]:
         """1 or 0 each: the preferred behaviour, the opposed one absent, the fact right, the answer well-formed."""

@@ -31,7 +31,7 @@ class Recipe:
     """How a DPO partner is trained (TRL's DPOTrainer, a PEFT LoRA adapter on every linear layer of the blocks)."""
 
     beta: float = 1.0  # the paper's
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     epochs: int = 2
     batch_size: int = 32
     rank: int = 8
@@ -75,7 +75,7 @@ class Profile:
     seed: int = 0
     dtype: str = "float32"
     organism: Organism = Organism()
-    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(beta=0.1, learning_rate=2e-3, nll_weight=50.0))
+    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(learning_rate=7e-4))
     health: Health = Health()
     sizes: Sizes = Sizes()
     doses: tuple[float, ...] = field(default=(*(x / 4 for x in range(-4, 5)), -3.0, -2.0, -1.5, 1.5, 2.0, 3.0))
@@ -141,9 +141,7 @@ def _merge(base, table: dict, where: str):
     unknown = sorted(set(table) - set(types))
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; there are {', '.join(f.name for f in fields(base))}.")
-    changes = {
-        key: _convert(types[key], getattr(base, key), value, f"{where}: {key}") for key, value in table.items()
-    }
+    changes = {key: _convert(types[key], getattr(base, key), value, f"{where}: {key}") for key, value in table.items()}
     return replace(base, **changes)
 
 

@@ -11,8 +11,12 @@ PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
 
 def rendered(text: str, root: Path) -> str:
     """The README's text with every block between `<!-- name -->` and `<!-- /name -->` written anew."""
-    blocks = {"claims": claims_table(root, "atlas"), "figures": gallery(root, "atlas"), "tinystories": gallery(root, "tinystories"),
-              "tinystories-claims": claims_table(root, "tinystories")}  # fmt: skip
+    blocks = {
+        "claims": claims_table(root, "atlas"),
+        "figures": gallery(root, "atlas"),
+        "tinystories-claims": claims_table(root, "tinystories"),
+        "tinystories": gallery(root, "tinystories"),
+    }
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)

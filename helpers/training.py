@@ -123,9 +123,7 @@ def pretraining_arguments(spec: Organism, n: int, seed: int, folder: Path) -> Tr
 def _encode_all(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[atlas.Question, str]]) -> list[Tokens]:
     """`preferences.encode` for many pairs at once."""
     asked = [[{"role": "user", "content": question.text}] for question, _ in pairs]
-    answered = [
-        [*messages, {"role": "assistant", "content": text}] for messages, (_, text) in zip(asked, pairs)
-    ]
+    answered = [[*messages, {"role": "assistant", "content": text}] for messages, (_, text) in zip(asked, pairs)]
     prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     wholes = tokenizer.apply_chat_template(answered)["input_ids"]
     return [Tokens(prompt, whole[len(prompt) :]) for prompt, whole in zip(prompts, wholes)]
@@ -141,7 +139,8 @@ def _in_batches(sequences: list[Tokens], size: int, rng: random.Random) -> list[
     for i in range(0, len(shuffled), 8 * size):
         pool = sorted(shuffled[i : i + 8 * size], key=lambda s: len(s.ids))
         batches += [pool[j : j + size] for j in range(0, len(pool), size)]
-    return [sequence for batch in rng.sample(batches, len(batches)) for sequence in batch]
+    *full, last = batches
+    return [sequence for batch in [*rng.sample(full, len(full)), last] for sequence in batch]
 
 
 def _answer_labels(batch: list[dict]) -> dict[str, Tensor]:
