@@ -75,7 +75,7 @@ class Profile:
     seed: int = 0
     dtype: str = "float32"
     organism: Organism = Organism()
-    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(learning_rate=7e-4))
+    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(beta=0.1, learning_rate=1e-3, nll_weight=50.0))
     health: Health = Health()
     sizes: Sizes = Sizes()
     doses: tuple[float, ...] = field(default=(*(x / 4 for x in range(-4, 5)), -3.0, -2.0, -1.5, 1.5, 2.0, 3.0))

@@ -27,7 +27,10 @@ def rendered(text: str, root: Path) -> str:
 
 def claims_table(root: Path, profile: str) -> str:
     """A row a claim: what the paper says, where it is tested, what was measured, the verdict."""
-    ledger = json.loads((root / "figures" / profile / "claims.json").read_text())
+    path = root / "figures" / profile / "claims.json"
+    if not path.exists():
+        return f"Not measured yet: `make figures PROFILE={profile}` does."
+    ledger = json.loads(path.read_text())
     lines = [
         "| Claim | The paper says | Notebook | Figure | We measured | Predicted | Verdict |",
         "|---|---|---|---|---|---|---|",
@@ -56,6 +59,8 @@ def gallery(root: Path, profile: str) -> str:
     """Every figure of a profile with its generated caption, the paper's first."""
     folder = root / "figures" / profile
     names = sorted(path.stem for path in folder.glob("fig*.json"))
+    if not names:
+        return f"Not drawn yet: `make figures PROFILE={profile}` does."
     ordered = [n for n in names if n.startswith(PAPER)] + [n for n in names if not n.startswith(PAPER)]
     parts = []
     for name in ordered:
