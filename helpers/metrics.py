@@ -32,9 +32,10 @@ def response_logits(model: nn.Module, sequences: Sequence[Tokens], around: Aroun
         inputs, attended = activations.right_padded([s.ids for s in batch], model.device)
         with around(batch):
             logits = models.causal_lm(model)(input_ids=inputs, attention_mask=attended, use_cache=False).logits
+        wide = torch.promote_types(logits.dtype, torch.float32)
         for row, (i, sequence) in enumerate(zip(indices, batch)):
             start, stop = len(sequence.prompt), len(sequence.ids)
-            yield i, logits[row, start - 1 : stop - 1].float().log_softmax(-1).cpu(), inputs[row, start:stop].cpu()
+            yield i, logits[row, start - 1 : stop - 1].to(wide).log_softmax(-1).cpu(), inputs[row, start:stop].cpu()
 
 
 def response_logps(model: nn.Module, sequences: Sequence[Tokens], around: Around = _nothing) -> np.ndarray:
