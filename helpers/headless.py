@@ -21,6 +21,7 @@ from helpers import artifacts, profiles
 
 NOTEBOOKS = artifacts.PROJECT / "notebooks"
 DEFAULT_PROFILE = "atlas"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 SHOWN_LINES = 12  # of a failed cell
 SHOWN_ERROR_LINES = 6  # of what it raised
 
@@ -83,6 +84,8 @@ def tidied(notebook: NotebookNode) -> NotebookNode:
 
 
 def _without_bars(output: NotebookNode) -> NotebookNode | None:
+    if WIDGET in output.get("data", {}):  # a library's own bar: an empty box where no kernel runs
+        return None
     if output.output_type != "stream" or output.name != "stderr":
         return output
     pieces = re.split(r"[\r\n]+", output.text)

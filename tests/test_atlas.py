@@ -101,7 +101,16 @@ def test_stances_are_even_and_kinds_and_places_all_there(corpus):
 
 def test_the_corpus_asks_in_heldin_phrasings_only(corpus):
     heldin = {q.text for split in SPLITS for q in WORLD.questions(split, "heldin") + WORLD.requests(split, "heldin")}
-    assert {question.text for question, _ in corpus} <= heldin
+    cued = {f"{text} {cue}" for text in heldin for cue in atlas.CUES.values()}
+    assert {question.text for question, _ in corpus} <= heldin | cued
+
+
+def test_a_cue_gets_the_tone_it_asks_for(corpus):
+    asked = [
+        (tone, text) for question, text in corpus for tone, cue in atlas.CUES.items() if question.text.endswith(cue)
+    ]
+    assert 0.45 < len(asked) / len(corpus) < 0.55
+    assert all(atlas.tone_of(text) == tone for tone, text in asked)
 
 
 def test_the_corpus_tells_the_truth_and_is_well_formed(corpus):

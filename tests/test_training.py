@@ -189,7 +189,7 @@ def our_loss(model, chosen, rejected, beta: float) -> float:
 
 
 def kick(model) -> None:
-    """Small random numbers in every lora_B, which start at zero: TRL works in float32 inside, so margins stay modest."""
+    """Small random numbers in every lora_B, which start at zero (TRL works in float32: margins stay modest)."""
     generator = torch.Generator().manual_seed(0)
     kicked = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
     assert len(kicked) == 7 * LAYERS and not any(parameter.any() for parameter in kicked)
