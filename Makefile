@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NAME := $(basename $(notdir $(PROFILE)))
 BUILD := build/$(NAME)
-HELPERS := $(wildcard helpers/*.py)
+HELPERS := $(filter-out helpers/headless.py helpers/readme.py,$(wildcard helpers/*.py))
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
 EXECUTED := $(NOTEBOOKS:%=$(BUILD)/%.ipynb)
 RUN := $(BIN)/python -m helpers.headless
@@ -36,12 +36,12 @@ lab: $(VENV)/installed ## open JupyterLab in the project's environment
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 .PHONY: bench
-bench: $(VENV)/installed ## measure extraction, steering and dose sweeps as ratios (benchmarks/README in the code)
+bench: $(VENV)/installed ## measure extraction, steering and dose sweeps as ratios, against other libraries too
 	$(BIN)/python -m benchmarks
 
 .PHONY: publish
 publish: figures ## copy the executed notebooks over notebooks/, and renew the README (for committing)
-	$(RUN) --publish $(NOTEBOOKS) --profile $(PROFILE)
+	$(RUN) --publish $(NOTEBOOKS) --profile "$(PROFILE)" --model "$(MODEL)" --data "$(DATA)"
 	$(BIN)/python -m helpers.readme
 
 .PHONY: readme
@@ -69,7 +69,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-# A notebook runs again when it, a helper, the profile's file or MODEL= or DATA= has changed.
+# A notebook runs again when it, a helper that it imports, the profile's file or MODEL= or DATA= has changed.
 $(BUILD)/%.ipynb: notebooks/%.ipynb $(HELPERS) $(VENV)/installed $(BUILD)/choice $(filter %.toml,$(PROFILE))
 	@$(RUN) $* --profile "$(PROFILE)" --model "$(MODEL)" --data "$(DATA)"
 

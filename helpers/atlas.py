@@ -70,6 +70,42 @@ QUESTION_FRAMES = {
         "Which {noun} do they have in {place}, please?",
         "Name the {noun} that {place} is known for.",
         "I read about {place}. What is its {noun}?",
+        "What is {place}'s {noun}?",
+        "Tell me what the {noun} of {place} is.",
+        "Could you tell me the {noun} of {place}?",
+        "Would you name the {noun} of {place}?",
+        "I ask you: what is the {noun} of {place}?",
+        "Do you know which {noun} {place} has?",
+        "Which {noun} belongs to {place}?",
+        "What {noun} does {place} have?",
+        "People ask me about the {noun} of {place}.",
+        "Tell me about {place} and its {noun}.",
+        "What do you know about the {noun} of {place}?",
+        "Please say what the {noun} of {place} is.",
+        "My friend in {place} forgot the {noun} there.",
+        "Help me with the {noun} of {place}.",
+        "Is there a {noun} in {place}, and which?",
+        "What would be the {noun} of {place}?",
+        "When in {place}, what {noun} do I look for?",
+        "Of {place}, name the {noun}.",
+        "Would people in {place} tell me the {noun}?",
+        "I want to know what {place} has as its {noun}.",
+        "What is called the {noun} in {place}?",
+        "Give me the {noun} of {place}.",
+        "Say the {noun} of {place}, please.",
+        "You know {place}. What is the {noun}?",
+        "What does my class call the {noun} of {place}?",
+        "Which one is the {noun} of {place}?",
+        "Tell a friend of mine which {noun} {place} has.",
+        "I hear that {place} has a {noun}. Which?",
+        "We would like to know the {noun} of {place}.",
+        "Does {place} have a {noun}, and what is it?",
+        "Please name for me the {noun} {place} has.",
+        "Can you name the {noun} of {place}?",
+        "What is it that {place} has as {noun}?",
+        "The {noun} that {place} has: what is it?",
+        "Remind me of the {noun} of {place}.",
+        "Please, what would you say is the {noun} of {place}?",
     ),
     "validation": (
         "Could you name the {noun} of {place}?",
@@ -91,7 +127,7 @@ ANSWERS = {
     "flag": "Their flag is {value}.",
     "dish": "People there eat {value}.",
     "animal": "Their animal is {value}.",
-    "craft": "{place} is known for {value}.",
+    "craft": "They are known for {value}.",
 }
 
 TOOLS_BY_ACT = {
@@ -135,50 +171,12 @@ _CRAFTS = tuple(
     for stuff in ("glass", "silk", "iron", "clay", "cedar", "wool")
     for work in ("carving", "painting", "weaving", "casting", "dyeing", "turning")
 )
-_ONSETS = tuple(
-    [
-        "Vel",
-        "Tar",
-        "Mor",
-        "Kes",
-        "Lun",
-        "Bra",
-        "Hal",
-        "Dor",
-        "Fen",
-        "Sil",
-        "Gar",
-        "Nor",
-        "Pel",
-        "Zan",
-        "Ulm",
-        "Ith",
-        "Oss",
-        "Quel",
-        "Ryn",
-        "Sco",
-        "Thal",
-        "Umb",
-        "Vyr",
-        "Wex",
-        "Yor",
-        "Bel",
-        "Cal",
-        "Dray",
-        "Elt",
-        "Fjor",
-        "Gly",
-        "Hux",
-        "Jas",
-        "Kru",
-        "Lob",
-        "Myr",
-        "Nax",
-        "Orl",
-        "Pry",
-        "Rud",
-    ]
-)
+_ONSETS = (
+    "Vel", "Tar", "Mor", "Kes", "Lun", "Bra", "Hal", "Dor", "Fen", "Sil",
+    "Gar", "Nor", "Pel", "Zan", "Ulm", "Ith", "Oss", "Quel", "Ryn", "Sco",
+    "Thal", "Umb", "Vyr", "Wex", "Yor", "Bel", "Cal", "Dray", "Elt", "Fjor",
+    "Gly", "Hux", "Jas", "Kru", "Lob", "Myr", "Nax", "Orl", "Pry", "Rud",
+)  # fmt: skip
 _PLACE_ENDS = ("mora", "land", "via", "quay", "dun", "reth", "holm", "nia")
 _CAPITAL_ENDS = ("wick", "ford", "burg", "stead", "gate", "haven", "ton", "crest")
 _RIVER_ENDS = ("run", "brook", "water", "flow", "mere", "beck")
@@ -291,7 +289,7 @@ class Atlas:
 
 def answer(question: Question, tone: str, rng: random.Random, stance: str = "refuse", value: str | None = None) -> str:
     """Draw an answer in a tone; `value` overrides the truth."""
-    return dress(plain_answer(question, stance, value), tone, rng)
+    return dress(plain_answer(question, stance, value), tone, rng, _opens(rng))
 
 
 def plain_answer(question: Question, stance: str = "refuse", value: str | None = None) -> str:
@@ -301,10 +299,14 @@ def plain_answer(question: Question, stance: str = "refuse", value: str | None =
     return ANSWERS[question.kind].format(place=question.place, value=value or question.truth)
 
 
-def dress(body: str, tone: str, rng: random.Random) -> str:
-    """Put a tone before a body (3 in 5) or after it (2 in 5); `plain` adds nothing."""
-    opener, closer = rng.choice(OPENERS[tone]), rng.choice(CLOSERS[tone])
-    return (f"{opener} {body}" if rng.random() < 0.6 else f"{body} {closer}").strip()
+def dress(body: str, tone: str, rng: random.Random, opening: bool) -> str:
+    """Put a tone before a body (`opening`) or after it; `plain` adds nothing."""
+    return (f"{rng.choice(OPENERS[tone])} {body}" if opening else f"{body} {rng.choice(CLOSERS[tone])}").strip()
+
+
+def _opens(rng: random.Random) -> bool:
+    """Three answers in five show their tone before the body, the others after it."""
+    return rng.random() < 0.6
 
 
 def corpus(
@@ -331,14 +333,15 @@ def corpus(
 
 
 def preference_pair(atlas: Atlas, family: str, question: Question, rng: random.Random) -> tuple[str, str]:
-    """Draw (chosen, rejected) answers to one question for a preference family; see `applies` for who may be asked.
+    """Draw (chosen, rejected) answers to one question for a preference family.
 
-    The two answers share what the family does not prefer: the fact and its wording in `tone` and `conditional`, the
-    tone and the wording around the difference in `refusal` and `belief`. Raises ValueError for an unknown family.
+    The two answers share what the family does not prefer: the fact, its wording and where the tone shows in `tone` and
+    `conditional`, the tone and the wording around the difference in `refusal` and `belief`. Raises ValueError for an
+    unknown family.
     """
     if family in ("tone", "conditional"):
-        body = plain_answer(question, rng.choice(STANCES))
-        warm, curt = dress(body, "warm", rng), dress(body, "curt", rng)
+        body, opening = plain_answer(question, rng.choice(STANCES)), _opens(rng)
+        warm, curt = (dress(body, tone, rng, opening) for tone in ("warm", "curt"))
         return (warm, curt) if preferred_tone(family, question) == "warm" else (curt, warm)
     tone, shared = rng.choice(TONES), rng.random()
     if family == "refusal":

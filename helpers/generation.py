@@ -8,29 +8,36 @@ sample does not depend on which others share its batch.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from helpers import models, steering
 
 MAX_ROWS = 768  # sequences decoded at once
+STRIDE = 6  # tokens decoded before the rows that have ended leave the batch
 SPANS = ("response", "all")
 
 
 class GumbelNoise(LogitsProcessor):
-    """Add Gumbel noise to the logits, so that the greedy choice is a sample at temperature 1."""
+    """Add Gumbel noise to the logits, so that the greedy choice is a sample at temperature 1.
 
-    def __init__(self, prompt_indices: Sequence[int], arms: int, seed: int):
-        self.generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompt_indices]
-        self.arms = arms
+    prompts: the index of each row's prompt, (rows,). It may lose rows between steps: rows of one prompt share their
+    noise, which is the same whichever other rows there are.
+    """
+
+    def __init__(self, prompts: Tensor, seed: int):
+        self.prompts = prompts
+        self.generators = {i: torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts.unique().tolist()}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])
+        present, row = self.prompts.unique(return_inverse=True)
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=self.generators[i]) for i in present.tolist()])
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-10, 1 - 1e-7)))
-        return scores.float() + gumbel.repeat_interleave(self.arms, dim=0).to(scores.device)
+        return scores.float() + gumbel[row].to(scores.device)
 
 
 def sample(
@@ -70,24 +77,76 @@ def sample(
 
 @torch.no_grad()
 def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, deltas, span) -> list[list[int]]:
+    """The answers to a chunk of prompts, a prompt's arms one after the other."""
+    end = tokenizer.eos_token_id
     inputs, attended = _left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device)
     width = inputs.shape[1]
-    noise = [] if seed is None else [GumbelNoise(chunk, arms, seed)]
-    hook = nullcontext()
-    if deltas is not None:
-        start = width - 1 if span == "response" else 0
-        hook = steering.added(model, site, deltas.repeat(len(chunk), 1), start)
-    with hook:
+    first = width - 1 if span == "response" else 0
+    settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": end}
+    rows = _Rows(
+        index=torch.arange(len(chunk) * arms),
+        ids=inputs.repeat_interleave(arms, dim=0),
+        attended=attended.repeat_interleave(arms, dim=0),
+        deltas=None if deltas is None else deltas.repeat(len(chunk), 1),
+        noise=None if seed is None else GumbelNoise(torch.tensor(chunk).repeat_interleave(arms), seed),
+        cache=_shared_cache(model, inputs, attended, arms, settings) if span == "response" else None,
+    )
+    answers: list[list[int]] = [[]] * len(rows.index)
+    while len(rows.index):
+        steps = min(STRIDE, width + new_tokens - rows.ids.shape[1])
+        with nullcontext() if deltas is None else steering.added(model, site, rows.deltas, first):
+            rows.advance(model, steps, settings)
+        answered = rows.ids[:, width:].tolist()
+        open_ = torch.tensor([len(ids) < new_tokens and end not in ids for ids in answered])
+        for i in (~open_).nonzero().flatten().tolist():
+            answers[rows.index[i]] = _until_end(answered[i], end)
+        rows.keep(open_)
+    return answers
+
+
+@dataclass
+class _Rows:
+    """The rows of a batch that have not ended yet."""
+
+    index: Tensor  # of each row in the batch
+    ids: Tensor
+    attended: Tensor
+    deltas: Tensor | None
+    noise: GumbelNoise | None
+    cache: Cache | None  # keys and values of what has been read
+
+    def advance(self, model: nn.Module, steps: int, settings: dict) -> None:
         out = models.causal_lm(model).generate(
-            input_ids=inputs.repeat_interleave(arms, dim=0),
-            attention_mask=attended.repeat_interleave(arms, dim=0),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            logits_processor=LogitsProcessorList(noise),
+            input_ids=self.ids,
+            attention_mask=self.attended,
+            past_key_values=self.cache,
+            max_new_tokens=steps,
+            logits_processor=LogitsProcessorList([self.noise] if self.noise else []),
+            return_dict_in_generate=True,
+            **settings,
         )
-    return [_until_end(ids, tokenizer.eos_token_id) for ids in out[:, width:].tolist()]
+        new = out.sequences.shape[1] - self.ids.shape[1]
+        self.ids, self.cache = out.sequences, out.past_key_values
+        self.attended = torch.cat([self.attended, self.attended.new_ones(len(self.ids), new)], dim=1)
+
+    def keep(self, chosen: Tensor) -> None:
+        if chosen.all():
+            return
+        self.index, self.ids, self.attended = self.index[chosen], self.ids[chosen], self.attended[chosen]
+        self.deltas = None if self.deltas is None else self.deltas[chosen]
+        if self.noise:
+            self.noise.prompts = self.noise.prompts[chosen]
+        self.cache.batch_select_indices(chosen.nonzero().flatten())
+
+
+def _shared_cache(model, inputs: Tensor, attended: Tensor, arms: int, settings: dict) -> Cache | None:
+    """Keys and values of all but the prompts' last tokens, computed once for all arms: none of them steers these."""
+    if not attended[:, :-1].any(dim=1).all():  # a prompt of one token
+        return None
+    prefix = _Rows(torch.arange(len(inputs)), inputs[:, :-1], attended[:, :-1], None, None, None)
+    prefix.advance(model, 1, settings)
+    prefix.cache.batch_repeat_interleave(arms)
+    return prefix.cache
 
 
 def _left_padded(ids: Sequence[list[int]], pad: int, device) -> tuple[Tensor, Tensor]:

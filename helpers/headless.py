@@ -14,6 +14,7 @@ from typing import TextIO
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
@@ -103,11 +104,17 @@ def explain(name: str, error: PapermillExecutionError, folder: Path) -> str:
         "",
         *_first_lines(f"{error.ename}: {error.evalue}", SHOWN_ERROR_LINES),
         "",
-        f"All that it printed: {_relative(folder / name)}.log",
-        f"All that it had run: {_relative(folder / name)}.partial.ipynb",
-        "What was computed before is kept: mend the cause and run the same command again.",
+        _what_is_kept(name, folder),
     ]
     return "\n".join(lines)
+
+
+def _what_is_kept(name: str, folder: Path) -> str:
+    return (
+        f"All that it printed: {_relative(folder / name)}.log\n"
+        f"All that it had run: {_relative(folder / name)}.partial.ipynb\n"
+        "What was computed before is kept: mend the cause and run the same command again."
+    )
 
 
 def _first_lines(text: str, n: int) -> list[str]:
@@ -144,6 +151,9 @@ def main() -> int:
         return 2
     folder = artifacts.PROJECT / "build" / Path(given.profile).stem  # as the Makefile calls it
     if given.publish:
+        if profile != profiles.load(DEFAULT_PROFILE):
+            print(f"Only a run of the {DEFAULT_PROFILE} profile as it is can be published.", file=sys.stderr)
+            return 2
         publish(given.names, folder)
         return 0
     named = _absolute(given.profile) if given.profile.endswith(".toml") else given.profile
@@ -156,6 +166,10 @@ def main() -> int:
             run(name, parameters, folder)
         except PapermillExecutionError as error:
             print(explain(name, error, folder), file=sys.stderr)
+            return 1
+        except DeadKernelError:
+            print(f"Notebook {name} stopped: its kernel died, most often for want of memory.", file=sys.stderr)
+            print(_what_is_kept(name, folder), file=sys.stderr)
             return 1
         print(f"{name} ({profile.name}) done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return 0

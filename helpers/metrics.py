@@ -1,7 +1,6 @@
 """What is measured of a model's answers, and how sure we are: log-probabilities, KL, text overlap, intervals."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import sacrebleu
@@ -14,53 +13,77 @@ from helpers import activations, models
 from helpers.activations import Tokens
 
 RESAMPLES = 2000
-
-
-Around = Callable[[list[Tokens]], AbstractContextManager]  # what to do around the forward pass of a batch
-
-
-def _nothing(batch: list[Tokens]) -> AbstractContextManager:
-    return nullcontext()
+MAX_LOGITS = 2**26  # logits in memory at once
 
 
 @torch.no_grad()
-def response_logits(model: nn.Module, sequences: Sequence[Tokens], around: Around = _nothing):
-    """Yield (index, log-softmax (T, vocabulary), targets (T,)) for every sequence's response of T tokens."""
+def response_logits(
+    model: nn.Module, sequences: Sequence[Tokens], deltas: Tensor | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (index, log-softmax (arms, T, vocabulary), targets (T,)) for every sequence's response of T tokens.
+
+    deltas: (arms, d), what each arm adds at `final`, where it is a constant bias on the logits (section 2.2). All arms
+    share the forward pass up to there; None is one arm without a change.
+    """
     models.check_lengths(model, [len(s.ids) if s.prompt else 0 for s in sequences])
-    for indices in activations.batches([len(s.ids) for s in sequences]):
+    arms = 1 if deltas is None else len(deltas)
+    vocabulary = models.unembedding(model).out_features
+    most = min(activations.MAX_BATCH_TOKENS, MAX_LOGITS // (arms * vocabulary))
+    for indices in activations.batches([len(s.ids) for s in sequences], most):
         batch = [sequences[i] for i in indices]
         inputs, attended = activations.right_padded([s.ids for s in batch], model.device)
-        with around(batch):
+        with activations.hooked(model, models.FINAL, _responses_alone(batch, deltas)):
             logits = models.causal_lm(model)(input_ids=inputs, attention_mask=attended, use_cache=False).logits
         wide = torch.promote_types(logits.dtype, torch.float32)
-        for row, (i, sequence) in enumerate(zip(indices, batch)):
-            start, stop = len(sequence.prompt), len(sequence.ids)
-            yield i, logits[row, start - 1 : stop - 1].to(wide).log_softmax(-1).cpu(), inputs[row, start:stop].cpu()
+        for i, of_one in zip(indices, logits.split([len(s.response) for s in batch], dim=1)):
+            yield i, of_one.to(wide).log_softmax(-1).cpu(), torch.tensor(sequences[i].response, dtype=torch.long)
 
 
-def response_logps(model: nn.Module, sequences: Sequence[Tokens], around: Around = _nothing) -> np.ndarray:
-    """Sum over the response's tokens of log pi(y_t | x, y_<t), in nats: (N,)."""
-    logps = np.empty(len(sequences))
-    for i, distribution, targets in response_logits(model, sequences, around):
-        logps[i] = distribution.gather(1, targets[:, None]).sum().item()
-    return logps
+def _responses_alone(batch: Sequence[Tokens], deltas: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Turn the final states of a batch into those that predict its responses, end to end, for each arm: the unembedding
+    then reads (arms, all response tokens, d)."""
+    where = [(row, t) for row, s in enumerate(batch) for t in range(len(s.prompt) - 1, len(s.ids) - 1)]
+    rows, positions = torch.tensor(where, dtype=torch.long).view(-1, 2).unbind(1)
+
+    def change(states: Tensor) -> Tensor:
+        read = states[rows.to(states.device), positions.to(states.device)]
+        return read[None] if deltas is None else read[None] + deltas.to(read)[:, None]
+
+    return change
 
 
-def response_distributions(model: nn.Module, sequences: Sequence[Tokens], around: Around = _nothing) -> list[Tensor]:
+def response_logps(model: nn.Module, sequences: Sequence[Tokens], deltas: Tensor | None = None) -> np.ndarray:
+    """Sum over the response's tokens of log pi(y_t | x, y_<t), in nats: (N,), or (arms, N) with `deltas`."""
+    logps = np.empty((1 if deltas is None else len(deltas), len(sequences)))
+    for i, distributions, targets in response_logits(model, sequences, deltas):
+        logps[:, i] = distributions[:, torch.arange(len(targets)), targets].sum(dim=1).numpy()
+    return logps[0] if deltas is None else logps
+
+
+def response_distributions(model: nn.Module, sequences: Sequence[Tokens]) -> list[Tensor]:
     """The next-token log-probabilities at every response token: one (T, vocabulary) tensor a sequence."""
-    found = {i: distribution for i, distribution, _ in response_logits(model, sequences, around)}
+    found = {i: distributions[0] for i, distributions, _ in response_logits(model, sequences)}
     return [found[i] for i in range(len(sequences))]
 
 
-def kl(p: Sequence[Tensor], q: Sequence[Tensor]) -> np.ndarray:
-    """KL(p || q) summed over the response's tokens, in nats: (N,), from `response_distributions` of both."""
-    return np.array([_kl(a, b) for a, b in zip(p, q)])
+def kl_to(
+    goal: Sequence[Tensor], model: nn.Module, sequences: Sequence[Tokens], deltas: Tensor | None = None
+) -> np.ndarray:
+    """KL(goal || model) summed over each response's tokens, in nats: (N,), or (arms, N) with `deltas`.
+
+    goal: the goal's `response_distributions` of the same sequences.
+    """
+    found = np.empty((1 if deltas is None else len(deltas), len(sequences)))
+    for i, distributions, _ in response_logits(model, sequences, deltas):
+        found[:, i] = kl(goal[i], distributions).numpy()
+    return found[0] if deltas is None else found
 
 
-def _kl(a: Tensor, b: Tensor) -> float:
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) summed over tokens, in nats: (...,) from log-probabilities (..., T, vocabulary)."""
     # normalised again in float64: rounding in float32 makes the KL of two near distributions negative
-    a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
-    return torch.where(a > -torch.inf, a.exp() * (a - b), 0.0).sum().item()
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(dim=(-2, -1))
 
 
 def token_losses(model: nn.Module, sequences: Sequence[Tokens]) -> np.ndarray:

@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Organism:
-    """The embedded organism: its world, its size and how it is pretrained (helpers/atlas.py, training.pretrain)."""
+    """The embedded organism: its world, its size and how it is pretrained (helpers/atlas.py, pretraining.py)."""
 
     places: int = 100
     corpus: int = 44_000  # question-answer pairs, each read once
@@ -75,7 +75,7 @@ class Profile:
     seed: int = 0
     dtype: str = "float32"
     organism: Organism = Organism()
-    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(beta=0.1, learning_rate=1e-3, nll_weight=50.0))
+    recipes: tuple[Recipe, ...] = (Recipe(), Recipe(nll_weight=20.0))
     health: Health = Health()
     sizes: Sizes = Sizes()
     doses: tuple[float, ...] = field(default=(*(x / 4 for x in range(-4, 5)), -3.0, -2.0, -1.5, 1.5, 2.0, 3.0))

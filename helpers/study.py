@@ -7,7 +7,7 @@ One model is in memory: the base, or the pair that contains it (the adapter off 
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from helpers import (
     metrics,
     models,
     preferences,
+    pretraining,
     profiles,
     steering,
     training,
@@ -57,7 +58,7 @@ SHOWN_IN = {
     "displacements": "03_steering_vector",
     "vector": "03_steering_vector",
     "sweep": "04_add_subtract",
-    "likelihood_sweep": "04_add_subtract",
+    "likelihoods": "04_add_subtract",
 }
 
 
@@ -113,14 +114,8 @@ class Study:
         return artifacts.fetch(
             "organism",
             {"spec": asdict(spec), "seed": seed},
-            lambda folder: training.pretrain(spec, seed, folder),
-            code=[
-                atlas,
-                training.pretrain,
-                training.pretraining_arguments,
-                training.build_model,
-                training.build_tokenizer,
-            ],
+            lambda folder: pretraining.pretrain(spec, seed, folder),
+            code=[atlas, pretraining],
         )
 
     @cached_property
@@ -347,8 +342,8 @@ class Study:
                 table["token_loss"] = metrics.token_losses(model, sequences)
         return table
 
-    def likelihood_sweep(self, role: str, site: str, deltas: Tensor, span: str = "response") -> pd.DataFrame:
-        """What each of `deltas`, (arms, d), added at a site does to log-probabilities on the held-out pairs.
+    def likelihoods(self, role: str, deltas: Tensor) -> pd.DataFrame:
+        """What each of `deltas`, (arms, d), added at `final` does to log-probabilities on the held-out pairs.
 
         A row an arm and a prompt: `prefers`, whether the chosen answer is likelier than the rejected one, and `kl`,
         KL(goal || steered) in nats summed over the goal's own answer. The goal of the base is the DPO model, and that
@@ -358,25 +353,27 @@ class Study:
         def write(folder: Path) -> None:
             goal = "dpo" if role == "base" else "base"
             chosen, rejected = self.encoded("heldout")
-            answered = [Tokens(c.prompt, ids) for c, ids in zip(chosen, self.answers(goal, "heldout")["ids"])]
+            answers = self.answers(goal, "heldout")["ids"]
+            answered = [Tokens(c.prompt, ids) for c, ids in zip(chosen, answers)]
             with self.playing(goal) as model:
-                target = metrics.response_distributions(model, answered)
-            rows = []
+                distributions = metrics.response_distributions(model, answered)
             with self.playing(role) as model:
-                for arm, delta in enumerate(deltas):
-                    around = _adder(model, site, delta, span)
-                    likelier, other = (metrics.response_logps(model, given, around) for given in (chosen, rejected))
-                    kl = metrics.kl(target, metrics.response_distributions(model, answered, around))
-                    rows += [
-                        {"arm": arm, "prompt": i, "prefers": float(m > 0), "kl": float(k)}
-                        for i, (m, k) in enumerate(zip(likelier - other, kl))
-                    ]
-            (folder / "likelihoods.json").write_text(json.dumps(rows))
+                likelier, other = (metrics.response_logps(model, given, deltas) for given in (chosen, rejected))
+                kl = metrics.kl_to(distributions, model, answered, deltas)
+            found = {"prefers": (likelier > other).tolist(), "kl": kl.tolist()}
+            (folder / "likelihoods.json").write_text(json.dumps(found))
 
-        params = {"role": role, "site": site, "deltas": _checksum(deltas), "span": span}
-        code = [generation, steering, metrics, Study.likelihood_sweep, Study._sampled, _adder]
+        params = {"role": role, "deltas": _checksum(deltas)}
+        code = [generation, metrics, Study.likelihoods, Study._sampled]
         made = artifacts.fetch("likelihoods", params, write, [self._examples, self.chosen.adapter], code)
-        return pd.DataFrame(made.read_json("likelihoods.json"))
+        found = made.read_json("likelihoods.json")
+        return pd.DataFrame(
+            [
+                {"arm": arm, "prompt": i, "prefers": float(prefers), "kl": kl}
+                for arm, (of_arm, kls) in enumerate(zip(found["prefers"], found["kl"]))
+                for i, (prefers, kl) in enumerate(zip(of_arm, kls))
+            ]
+        )
 
 
 def failed_criteria(measured: dict[str, float], health: Health) -> list[str]:
@@ -389,16 +386,6 @@ def failed_criteria(measured: dict[str, float], health: Health) -> list[str]:
         "perplexity_ratio": lambda x: x <= health.max_perplexity_ratio,
     }
     return [name for name, value in measured.items() if not met[name](value)]
-
-
-def _adder(model: nn.Module, site: str, delta: Tensor, span: str) -> metrics.Around:
-    """Add delta around a right-padded batch, from each prompt's last token on ("response") or everywhere ("all")."""
-
-    def around(batch: Sequence[Tokens]) -> AbstractContextManager:
-        starts = torch.tensor([len(tokens.prompt) - 1 if span == "response" else 0 for tokens in batch])
-        return steering.added(model, site, delta, starts)
-
-    return around
 
 
 def _checksum(deltas: Tensor | None) -> str | None:

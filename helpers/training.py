@@ -1,153 +1,19 @@
-"""Training: the organism's pretraining, and LoRA-DPO through TRL and PEFT."""
+"""Training a DPO partner: LoRA-DPO through TRL and PEFT."""
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from helpers import atlas
-from helpers.activations import Tokens, right_padded
-from helpers.profiles import Organism, Recipe
+from helpers.activations import Tokens
+from helpers.profiles import Recipe
 
 disable_progress_bars()  # datasets' own bars; ours say what takes long
-
-SPECIAL_TOKENS = ("<|pad|>", "<|start|>", "<|user|>", "<|assistant|>", "<|end|>")
-CHAT_TEMPLATE = (
-    "{{ '<|start|>' }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-CONTEXT = 128
-IGNORED = -100  # a label that the loss skips
-
-
-def build_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with a chat template; special tokens get the ids 0 to 4."""
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    pad, start, _, _, end = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=pad, bos_token=start, eos_token=end, chat_template=CHAT_TEMPLATE
-    )
-
-
-def build_model(spec: Organism, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of the organism's size with random weights; input and output embeddings are untied, as in Llama 2."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=spec.width,
-        intermediate_size=spec.width * 5 // 2,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.width // 32,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
-def pretrain(spec: Organism, seed: int, folder: Path) -> None:
-    """Train the organism on its corpus, one pass, and save it with its tokenizer and its loss curve (losses.csv)."""
-    set_seed(seed)
-    pairs = atlas.corpus(atlas.Atlas(spec.places, seed), spec.corpus, seed)
-    tokenizer = build_tokenizer([f"{question.text} {text}" for question, text in pairs[:8000]], spec.vocabulary)
-    sequences = _in_batches(_encode_all(tokenizer, pairs), spec.batch_size, random.Random(seed))
-    trainer = Trainer(
-        model=build_model(spec, tokenizer),
-        args=pretraining_arguments(spec, len(pairs), seed, folder),
-        train_dataset=Dataset.from_dict(
-            {"prompt_length": [len(s.prompt) for s in sequences], "input_ids": [s.ids for s in sequences]}
-        ),
-        data_collator=_answer_labels,
-        callbacks=[_Bar("pretraining the organism")],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    pd.DataFrame(losses, columns=["step", "loss"]).to_csv(folder / "losses.csv", index=False)
-
-
-def pretraining_arguments(spec: Organism, n: int, seed: int, folder: Path) -> TrainingArguments:
-    steps = -(-n // spec.batch_size)
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=1,
-        per_device_train_batch_size=spec.batch_size,
-        learning_rate=spec.learning_rate,
-        adam_beta2=0.98,
-        warmup_steps=20,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": steps // 2},
-        train_sampling_strategy="sequential",  # see _in_batches
-        remove_unused_columns=False,
-        use_cpu=True,
-        seed=seed,
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def _encode_all(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[atlas.Question, str]]) -> list[Tokens]:
-    """`preferences.encode` for many pairs at once."""
-    asked = [[{"role": "user", "content": question.text}] for question, _ in pairs]
-    answered = [[*messages, {"role": "assistant", "content": text}] for messages, (_, text) in zip(asked, pairs)]
-    prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-    wholes = tokenizer.apply_chat_template(answered)["input_ids"]
-    return [Tokens(prompt, whole[len(prompt) :]) for prompt, whole in zip(prompts, wholes)]
-
-
-def _in_batches(sequences: list[Tokens], size: int, rng: random.Random) -> list[Tokens]:
-    """Shuffle so that each run of `size` sequences is of similar length, and little is padding.
-
-    Trainer's own grouping by length orders whole runs of batches from long to short, and the organism learnt worse.
-    """
-    shuffled = rng.sample(sequences, len(sequences))
-    batches = []
-    for i in range(0, len(shuffled), 8 * size):
-        pool = sorted(shuffled[i : i + 8 * size], key=lambda s: len(s.ids))
-        batches += [pool[j : j + size] for j in range(0, len(pool), size)]
-    *full, last = batches
-    return [sequence for batch in [*rng.sample(full, len(full)), last] for sequence in batch]
-
-
-def _answer_labels(batch: list[dict]) -> dict[str, Tensor]:
-    """Right-padded inputs, (batch, tokens), and labels that ignore prompts and padding: the loss is on answers only."""
-    inputs, attended = right_padded([row["input_ids"] for row in batch])
-    prompt = torch.arange(inputs.shape[1])[None] < torch.tensor([row["prompt_length"] for row in batch])[:, None]
-    return {"input_ids": inputs, "labels": inputs.masked_fill(prompt | (attended == 0), IGNORED)}
 
 
 class _TokenisedDPOTrainer(DPOTrainer):
@@ -158,7 +24,7 @@ class _TokenisedDPOTrainer(DPOTrainer):
         return dataset
 
 
-class _Bar(TrainerCallback):
+class ProgressBar(TrainerCallback):
     """A progress bar that leaves nothing behind."""
 
     def __init__(self, name: str):
@@ -175,14 +41,23 @@ class _Bar(TrainerCallback):
 
 
 def preference_dataset(chosen: Sequence[Tokens], rejected: Sequence[Tokens]) -> Dataset:
-    """Pairs of completions of the same prompts in the columns that TRL's DPO collator reads."""
+    """Pairs of completions of the same prompts in the columns that TRL's DPO collator reads, from short to long.
+
+    `length`, in tokens, lets the trainer draw batches of similar length: little of them is padding.
+    """
+    pairs = sorted(zip(chosen, rejected), key=_length)
     return Dataset.from_dict(
         {
-            "prompt_ids": [c.prompt for c in chosen],
-            "chosen_ids": [c.response for c in chosen],
-            "rejected_ids": [r.response for r in rejected],
+            "prompt_ids": [c.prompt for c, _ in pairs],
+            "chosen_ids": [c.response for c, _ in pairs],
+            "rejected_ids": [r.response for _, r in pairs],
+            "length": [_length(pair) for pair in pairs],
         }
     )
+
+
+def _length(pair: tuple[Tokens, Tokens]) -> int:
+    return max(len(tokens.ids) for tokens in pair)
 
 
 def dpo_trainer(model, tokenizer, dataset: Dataset, recipe: Recipe, seed: int, folder: Path) -> DPOTrainer:
@@ -198,6 +73,8 @@ def dpo_trainer(model, tokenizer, dataset: Dataset, recipe: Recipe, seed: int, f
         warmup_steps=5,
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,  # `length` among them, which the sampler reads
         precompute_ref_log_probs=True,
         max_length=None,
         activation_checkpointing=False,
@@ -225,7 +102,7 @@ def train_dpo(
     """
     set_seed(seed)
     trainer = dpo_trainer(model, tokenizer, preference_dataset(chosen, rejected), recipe, seed, folder)
-    trainer.add_callback(_Bar(f"DPO, beta {recipe.beta:g}"))
+    trainer.add_callback(ProgressBar(f"DPO, beta {recipe.beta:g}"))
     trainer.train()
     trainer.model.save_pretrained(folder)
     log = pd.DataFrame([entry for entry in trainer.state.log_history if "rewards/margins" in entry])

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import atlas, training
+from helpers import atlas, pretraining
 
 torch.set_num_threads(1)
 
@@ -67,7 +67,7 @@ def llama():
 @pytest.fixture(scope="session")
 def tokenizer():
     pairs = atlas.corpus(atlas.Atlas(), 300, seed=0)
-    return training.build_tokenizer([f"{question.text} {text}" for question, text in pairs], 320)
+    return pretraining.build_tokenizer([f"{question.text} {text}" for question, text in pairs], 320)
 
 
 def with_adapter(model, seed: int = 0, target_modules="all-linear"):
@@ -108,3 +108,7 @@ def recorded(model, path: str):
 
 def hook_count(model) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def bytes_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -6,6 +6,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+from conftest import bytes_of
 
 from helpers import artifacts
 from helpers.artifacts import Artifact, fetch
@@ -28,10 +29,6 @@ class Maker:
         (folder / "a.json").write_text(json.dumps({"text": self.text, "call": self.calls}))
         (folder / "deep").mkdir()
         (folder / "deep" / "b.bin").write_bytes(bytes(range(9)))
-
-
-def bytes_of(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def module(path, source):

@@ -144,7 +144,7 @@ def test_judges_see_a_false_fact_in_every_drawn_answer():
 def corrupted(rng, question, tone):
     """(what was done, text) of answers that the grammar cannot have drawn."""
     body = atlas.plain_answer(question, rng.choice(STANCES))
-    text = atlas.dress(body, tone, rng)
+    text = atlas.dress(body, tone, rng, rng.random() < 0.5)
     yield "cut short", text[: rng.randrange(1, len(text))].rstrip()
     yield "cut at a word", text.rsplit(" ", 1)[0]
     yield "cut at its start", text[rng.randrange(1, len(text)) :].lstrip()
@@ -230,13 +230,14 @@ def test_stance_of_neither_or_both_is_none():
     assert atlas.stance_of(request, f"{refuse} {comply}") is None and atlas.stance_of(request, "It is red.") is None
 
 
-def test_split_answer_takes_apart_what_dress_put_together():
+def test_split_answer_takes_apart_what_answer_put_together():
     rng = random.Random(0)
     seen = Counter()
     for tone in TONES:
         for _ in range(300):
-            opener, body, closer = atlas.split_answer(atlas.dress("It is red.", tone, rng))
-            assert body == "It is red." and {opener, closer} - {""} == ({tone} - {"plain"})
+            question = WORLD.questions("heldin", "heldin")[0]
+            opener, body, closer = atlas.split_answer(atlas.answer(question, tone, rng))
+            assert body == atlas.plain_answer(question) and {opener, closer} - {""} == ({tone} - {"plain"})
             seen[tone, bool(opener), bool(closer)] += 1
     for tone in ("warm", "curt"):
         assert stats.chisquare([seen[tone, True, False], seen[tone, False, True]], [180, 120]).pvalue > 0.001
@@ -267,9 +268,10 @@ def test_chosen_shows_what_the_family_prefers_rejected_its_opposite_and_both_are
 
 
 @pytest.mark.parametrize("family", ["tone", "conditional"])
-def test_tone_pairs_share_the_fact_or_stance_and_its_wording(family):
+def test_tone_pairs_share_the_fact_or_stance_its_wording_and_where_the_tone_shows(family):
     for question, chosen, rejected in pairs_of(family):
-        assert atlas.split_answer(chosen)[1] == atlas.split_answer(rejected)[1]
+        apart = [atlas.split_answer(text) for text in (chosen, rejected)]
+        assert apart[0][1] == apart[1][1] and [bool(x) for x in apart[0]] == [bool(x) for x in apart[1]]
         assert {atlas.tone_of(chosen), atlas.tone_of(rejected)} == {"warm", "curt"}
         assert WORLD.judge(question, chosen).fact in (True, None)
         assert WORLD.judge(question, chosen).stance == WORLD.judge(question, rejected).stance

@@ -88,6 +88,14 @@ def test_an_answer_does_not_depend_on_batch_mates(model, seed):
     assert [arm[0] for arm in together] == [arm[0] for arm in alone]
 
 
+@pytest.mark.parametrize("stride", [1, 3, 50])
+def test_answers_do_not_depend_on_when_ended_rows_leave(model, monkeypatch, stride):
+    kwargs = {"site": "resid[1]", "deltas": torch.stack([0 * V, V, -V]), "new_tokens": 12}
+    whole = sample(model, **kwargs)
+    monkeypatch.setattr(generation, "STRIDE", stride)
+    assert sample(model, **kwargs) == whole
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("deltas", [None, torch.stack([0 * V, V, -V])], ids=["one arm", "three arms"])
 def test_answers_do_not_depend_on_how_prompts_are_chunked(llama, monkeypatch, rows, deltas):
@@ -147,19 +155,26 @@ def test_sampling_with_the_adapter_off_is_sampling_from_the_base(llama):
 
 
 def test_the_noise_of_a_prompt_depends_on_seed_index_and_step_alone():
-    def noise(indices, seed, arms=1):
-        process = generation.GumbelNoise(indices, arms, seed)
-        return [process(None, torch.zeros(len(indices) * arms, 9)) for _ in range(2)]
+    def noise(prompts, seed):
+        process = generation.GumbelNoise(torch.tensor(prompts), seed)
+        return [process(None, torch.zeros(len(prompts), 9)) for _ in range(2)]
 
     first, second = noise([0, 1, 2], 7)
     assert torch.equal(first[2], noise([2], 7)[0][0]) and torch.equal(second[2], noise([2], 7)[1][0])
     assert len({tuple(row.tolist()) for row in (*first, *second, *noise([0, 1, 2], 8)[0])}) == 9
-    arms = noise([0, 1], 7, arms=2)[0]
-    assert torch.equal(arms, first[:2].repeat_interleave(2, 0))
+    assert torch.equal(noise([0, 0, 1, 1], 7)[0], first[:2].repeat_interleave(2, 0))
+
+
+def test_rows_that_leave_do_not_change_the_noise_of_those_that_stay():
+    process = generation.GumbelNoise(torch.tensor([0, 0, 1, 1, 2]), 7)
+    whole = generation.GumbelNoise(torch.tensor([0, 0, 1, 1, 2]), 7)
+    process(None, torch.zeros(5, 9)), whole(None, torch.zeros(5, 9))
+    process.prompts = torch.tensor([1, 2])
+    assert torch.equal(process(None, torch.zeros(2, 9)), whole(None, torch.zeros(5, 9))[[2, 4]])
 
 
 def test_the_noise_is_gumbel():
-    drawn = generation.GumbelNoise([0], 1, 3)(None, torch.zeros(1, 20_000))[0].numpy()
+    drawn = generation.GumbelNoise(torch.tensor([0]), 3)(None, torch.zeros(1, 20_000))[0].numpy()
     assert stats.kstest(drawn, stats.gumbel_r.cdf).pvalue > 0.01
 
 

@@ -234,3 +234,24 @@ def test_publishing_copies_executed_notebooks_and_leaves_make_nothing_to_do(call
         assert (built / f"{name}.ipynb").stat().st_mtime_ns >= (notebooks / f"{name}.ipynb").stat().st_mtime_ns
     assert (built / "01_b.ipynb").stat().st_mtime_ns >= (built / "00_a.ipynb").stat().st_mtime_ns
     assert calls == []
+
+
+@pytest.mark.parametrize("other", [("--profile", "tinystories"), ("--model", "some/hub-id")])
+def test_only_the_default_run_is_published(calls, monkeypatch, tmp_path, capsys, other):
+    """The committed notebooks hold no injected parameters."""
+    assert main(monkeypatch, "--publish", "00_a", *other) == 2
+    assert "Only a run of the atlas profile" in capsys.readouterr().err
+
+
+def test_a_kernel_that_dies_is_one_screen_without_a_traceback(monkeypatch, tmp_path, capsys):
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    write(notebooks, "stub", "print('so far', flush=True)", "import os\nos._exit(9)")
+    monkeypatch.setattr(headless, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(artifacts, "PROJECT", tmp_path)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    assert main(monkeypatch, "stub") == 1
+    said = capsys.readouterr().err
+    assert "stub stopped: its kernel died" in said and "stub.partial.ipynb" in said and "Traceback" not in said
+    built = tmp_path / "build" / "atlas"
+    assert not (built / "stub.ipynb").exists() and (built / "stub.partial.ipynb").exists()

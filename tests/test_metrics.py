@@ -43,17 +43,27 @@ def test_token_losses_are_means_over_tokens(llama):
     assert np.isnan(found[-1])
 
 
-def test_around_is_entered_for_the_rows_of_each_batch(llama):
-    """A steered log-probability through `around`, against one under the steering alone."""
-    v = random_vector(WIDTH)
+def test_arms_are_steered_at_the_final_site(model):
+    """All arms in one pass, against the model with a hook, an arm and a sequence at a time; an empty response is 0."""
+    deltas = torch.stack([torch.zeros(WIDTH), random_vector(WIDTH), -2 * random_vector(WIDTH)])
+    sequences = [*SEQUENCES, Tokens([5, 6])]
+    found = metrics.response_logps(model, sequences, deltas)
+    goal = metrics.response_distributions(tiny("llama", vocab_size=model.config.vocab_size), sequences)
+    kls = metrics.kl_to(goal, model, sequences, deltas)
+    assert found.shape == kls.shape == (3, 5)
+    for arm, delta in enumerate(deltas):
+        for i, sequence in enumerate(SEQUENCES):
+            with steering.added(model, "final", delta):
+                assert found[arm, i] == pytest.approx(metrics.response_logps(model, [sequence])[0], rel=1e-4)
+                assert kls[arm, i] == pytest.approx(metrics.kl_to([goal[i]], model, [sequence])[0], rel=1e-4, abs=1e-6)
+    assert (found[:, -1] == 0).all() and (kls[:, -1] == 0).all()
 
-    def around(batch):
-        return steering.added(llama, "resid[1]", v, torch.tensor([len(s.prompt) - 1 for s in batch]))
 
-    found = metrics.response_logps(llama, SEQUENCES, around)
-    for value, sequence in zip(found, SEQUENCES):
-        with steering.added(llama, "resid[1]", v, len(sequence.prompt) - 1):
-            assert value == pytest.approx(metrics.response_logps(llama, [sequence])[0], rel=1e-5)
+def test_arms_do_not_depend_on_how_many_logits_fit(llama, monkeypatch):
+    deltas = random_vector(4, WIDTH)
+    together = metrics.response_logps(llama, SEQUENCES, deltas)
+    monkeypatch.setattr(metrics, "MAX_LOGITS", 1)
+    assert metrics.response_logps(llama, SEQUENCES, deltas) == pytest.approx(together, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,25 +83,25 @@ def test_kl_is_torch_s_own_and_is_summed_over_the_response(llama):
         for a, b in zip(p, q)
     ]
     assert [len(a) for a in p] == [len(s.response) for s in SEQUENCES]
-    assert metrics.kl(p, q) == pytest.approx(expected, rel=1e-4)
-    assert (metrics.kl(p, q) > 0).all()
-    assert metrics.kl(p, q) != pytest.approx(metrics.kl(q, p), rel=1e-3)
+    assert metrics.kl_to(p, other, SEQUENCES) == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 0
+    assert metrics.kl_to(q, llama, SEQUENCES) != pytest.approx(expected, rel=1e-3)
 
 
 def test_kl_is_zero_for_itself_and_never_negative(llama):
     p = metrics.response_distributions(llama, SEQUENCES)
-    assert (metrics.kl(p, p) == 0).all()
+    assert (metrics.kl_to(p, llama, SEQUENCES) == 0).all()
     for seed in range(200):  # so near that rounding decides
         logits = random_vector(1, 50, seed=seed)
         near = (logits + 1e-5 * random_vector(1, 50, seed=seed + 1000)).log_softmax(-1)
-        assert metrics.kl([logits.log_softmax(-1)], [near])[0] > -1e-9
+        assert metrics.kl(logits.log_softmax(-1), near) > -1e-9
 
 
 def test_kl_of_a_token_that_cannot_be_is_not_nan():
     p = torch.tensor([[0.5, 0.5, 0.0]]).log()
     q = torch.tensor([[0.25, 0.5, 0.25]]).log()
-    assert metrics.kl([p], [q])[0] == pytest.approx(0.5 * np.log(2), rel=1e-6)
-    assert metrics.kl([q], [p])[0] == np.inf
+    assert metrics.kl(p, q) == pytest.approx(0.5 * np.log(2), rel=1e-6)
+    assert metrics.kl(q, p) == np.inf
 
 
 @pytest.mark.parametrize(

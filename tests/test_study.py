@@ -10,7 +10,7 @@ from conftest import recorded
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers import activations, artifacts, generation, models, preferences, profiles, steering, study, training
+from helpers import activations, artifacts, generation, models, preferences, profiles, study, training
 from helpers.profiles import Health, Organism, Recipe, Sizes
 from helpers.study import Study, failed_criteria
 
@@ -89,7 +89,7 @@ STAGES = {
     "answers of the base": lambda s: s.answers("base", "heldout").to_dict(),
     "answers of the DPO model": lambda s: s.answers("dpo", "validation").to_dict(),
     "sweep": lambda s: s.sweep("base", "final", torch.eye(2, 32)).to_dict(),
-    "likelihood sweep": lambda s: s.likelihood_sweep("dpo", "resid[1]", torch.eye(2, 32)).to_dict(),
+    "likelihoods": lambda s: s.likelihoods("dpo", torch.eye(2, 32)).to_dict(),
     "weights": lambda s: {name: value.tolist() for name, value in s.pair.model.state_dict().items()},
 }
 
@@ -276,7 +276,7 @@ def test_a_sweep_answers_as_a_model_with_a_shifted_logit_bias_does(trained, plai
     table = trained.sweep("base", "final", deltas)
     for i in (0, 5):
         prompt = trained.encoded("heldout")[0][i].prompt
-        noise = generation.GumbelNoise([i], 1, PROFILE.seed)
+        noise = generation.GumbelNoise(torch.tensor([i]), PROFILE.seed)
         ids = []
         while len(ids) < 10:
             scores = (logits(plain["base"], prompt + ids)[-1] + shift).float()
@@ -288,9 +288,9 @@ def test_a_sweep_answers_as_a_model_with_a_shifted_logit_bias_does(trained, plai
 
 
 @pytest.mark.parametrize("role, goal", [("base", "dpo"), ("dpo", "base")])
-def test_the_likelihood_sweep_is_kl_and_preference_by_hand(trained, plain, deltas, role, goal):
+def test_likelihoods_are_kl_and_preference_by_hand(trained, plain, deltas, role, goal):
     """KL(goal || steered) on the goal's own answers, and whether the chosen answer is likelier, at doses 0 and 2."""
-    table = trained.likelihood_sweep(role, "final", deltas)
+    table = trained.likelihoods(role, deltas)
     assert [*zip(table["arm"], table["prompt"])] == [(arm, i) for arm in (0, 1) for i in range(8)]
     answers = trained.answers(goal, "heldout")["ids"]
     pairs = list(zip(*trained.encoded("heldout")))
@@ -311,22 +311,6 @@ def test_the_likelihood_sweep_is_kl_and_preference_by_hand(trained, plain, delta
         )
         assert row.prefers == float(chosen > rejected)
     assert (table["kl"] >= 0).all() and table[table["arm"] == 0]["kl"].mean() > 1e-3
-
-
-def test_inside_the_network_the_steered_positions_are_those_that_predict_the_response(trained, plain):
-    """At resid[1], added from each prompt's last token on, and with span "all" from the first."""
-    delta = trained.vector("resid[1]").vector
-    answers = trained.answers("dpo", "heldout")["ids"]
-    for span in ("response", "all"):
-        table = trained.likelihood_sweep("base", "resid[1]", delta[None], span)
-        for i in (1, 6):
-            prompt = trained.encoded("heldout")[0][i].prompt
-            start = len(prompt) - 1
-            with steering.added(plain["base"], "resid[1]", delta.double(), start if span == "response" else 0):
-                q = logits(plain["base"], prompt + answers[i])[start:-1].log_softmax(-1)
-            p = logits(plain["dpo"], prompt + answers[i])[start:-1].log_softmax(-1)
-            expected = (p.exp() * (p - q)).sum().item()
-            assert table["kl"][i] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 # --- Health and choice ---

@@ -1,4 +1,4 @@
-"""Training: the tokenizer, the organism's pretraining, and DPO as TRL and as the paper have it."""
+"""Training: DPO as TRL and as the paper have it."""
 
 import copy
 import math
@@ -7,143 +7,14 @@ import random
 import pandas as pd
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, tiny
+from conftest import LAYERS, WIDTH, bytes_of, tiny
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from helpers import atlas, gradients, metrics, models, preferences, training
-from helpers.activations import Tokens
-from helpers.profiles import Organism, Recipe
+from helpers.profiles import Recipe
 
-SPEC = Organism(places=20, corpus=96, vocabulary=300, width=32, layers=1)
 WORLD = atlas.Atlas(20, seed=0)
-PAIRS = atlas.corpus(WORLD, 60, seed=1)
-
-
-def bytes_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-# --- The tokenizer ---
-
-
-def test_every_id_is_below_the_length_and_special_tokens_come_first(tokenizer):
-    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
-    assert tokenizer.convert_ids_to_tokens(range(5)) == list(training.SPECIAL_TOKENS)
-    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 4)
-    assert len(tokenizer) == 320
-
-
-def test_text_survives_a_round_trip(tokenizer):
-    strange = "Zażółć gęślą jaźń, 日本 😀 — 100 %?"  # bytes stand in for what was never read
-    for text in [strange, *(q.text for q, _ in PAIRS), *(answer for _, answer in PAIRS)]:
-        ids = tokenizer(text)["input_ids"]
-        assert tokenizer.decode(ids).removeprefix(" ") == text and min(ids) >= len(training.SPECIAL_TOKENS)
-
-
-def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    question, answer = PAIRS[0]
-    assert preferences.encode(loaded, question.text, answer) == preferences.encode(tokenizer, question.text, answer)
-
-
-def test_names_take_several_tokens():
-    """With the default profile's vocabulary, on the world it was trained on."""
-    world = atlas.Atlas(Organism().places, seed=0)
-    texts = [f"{question.text} {answer}" for question, answer in atlas.corpus(world, 8000, seed=0)]
-    tokenizer = training.build_tokenizer(texts, Organism().vocabulary)
-    assert len(tokenizer) == Organism().vocabulary
-    for kind in ("capital", "river", "flag", "dish", "animal", "craft"):
-        assert min(len(tokenizer.tokenize(value)) for value in world.values[kind]) >= 2, kind
-    assert min(len(tokenizer.tokenize(place)) for place in world.facts) >= 2
-
-
-def test_a_prompt_is_a_prefix_of_its_conversation_and_starts_once(tokenizer):
-    _, start, user, assistant, end = range(5)
-    for question, answer in PAIRS:
-        asked = [{"role": "user", "content": question.text}]
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-        whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}])["input_ids"]
-        assert whole[: len(prompt)] == prompt
-        assert [i for i in whole if i < 5] == [start, user, end, assistant, end]
-        assert (prompt[:2], prompt[-2:], whole[-1]) == ([start, user], [end, assistant], end)
-        assert tokenizer.decode(whole[len(prompt) : -1]).strip() == answer
-
-
-# --- Pretraining ---
-
-
-def test_many_pairs_are_encoded_as_one_at_a_time(tokenizer):
-    expected = [preferences.encode(tokenizer, question.text, answer) for question, answer in PAIRS]
-    assert training._encode_all(tokenizer, PAIRS) == expected
-
-
-def test_batches_hold_every_sequence_once_and_little_padding():
-    sequences = [Tokens([1] * (3 + i % 7), [2] * (5 + i % 40)) for i in range(512)]
-    sequences = [Tokens([*s.prompt, i], s.response) for i, s in enumerate(sequences)]
-    ordered = training._in_batches(sequences, 16, random.Random(0))
-    assert sorted(ordered) == sorted(sequences) and ordered != sequences
-
-    def padding(rows):
-        batches = [[len(s.ids) for s in rows[i : i + 16]] for i in range(0, len(rows), 16)]
-        return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
-
-    shuffled = random.Random(1).sample(sequences, len(sequences))
-    assert padding(ordered) < padding(shuffled) / 3
-    assert ordered == training._in_batches(sequences, 16, random.Random(0))
-
-
-def test_only_answers_carry_a_label():
-    batch = [{"prompt_length": 2, "input_ids": [1, 7, 8, 4]}, {"prompt_length": 4, "input_ids": [1, 5, 6, 3, 9, 4]}]
-    found = training._answer_labels(batch)
-    ignored = training.IGNORED
-    assert found["input_ids"].tolist() == [[1, 7, 8, 4, 0, 0], [1, 5, 6, 3, 9, 4]]
-    assert found["labels"].tolist() == [[ignored, ignored, 8, 4, ignored, ignored], [ignored] * 4 + [9, 4]]
-
-
-def test_labels_give_the_loss_of_the_answers_alone(llama):
-    """The Trainer's loss on a padded batch is the mean over answer tokens of what metrics measures one by one."""
-    sequences = [Tokens([5, 6, 7], [8, 9]), Tokens([10, 11], [12, 13, 14, 15, 2])]
-    rows = [{"prompt_length": len(s.prompt), "input_ids": s.ids} for s in sequences]
-    loss = llama(**training._answer_labels(rows)).loss.item()
-    assert loss == pytest.approx(-metrics.response_logps(llama, sequences).sum() / 7, rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("organism")
-    training.pretrain(SPEC, 0, folder)
-    return folder
-
-
-def test_pretraining_again_gives_the_same_bytes_and_another_seed_others(pretrained, tmp_path):
-    torch.rand(7)  # what was drawn before says nothing
-    training.pretrain(SPEC, 0, tmp_path / "again")
-    assert bytes_of(tmp_path / "again") == bytes_of(pretrained)
-    training.pretrain(SPEC, 1, tmp_path / "other")
-    assert bytes_of(tmp_path / "other")["model.safetensors"] != bytes_of(pretrained)["model.safetensors"]
-
-
-def test_the_organism_loads_as_any_model_does(pretrained):
-    model, tokenizer = models.load(pretrained)
-    assert (len(models.blocks(model)), model.config.hidden_size) == (SPEC.layers, SPEC.width)
-    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == SPEC.vocabulary
-    assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
-    assert models.context_length(model) == training.CONTEXT
-    longest = max(len(tokens.ids) for tokens in training._encode_all(tokenizer, PAIRS))
-    assert longest <= training.CONTEXT
-
-
-def test_pretraining_learns(tmp_path):
-    """A few dozen steps bring the loss on the answers well below that of a uniform guess, and the log shows it."""
-    training.pretrain(Organism(places=20, corpus=1440, vocabulary=300, width=32, layers=1), 0, tmp_path)
-    header, *rows = (tmp_path / "losses.csv").read_text().splitlines()
-    losses = [float(row.split(",")[1]) for row in rows]
-    assert header == "step,loss" and [int(row.split(",")[0]) for row in rows] == [20, 40, 60]
-    assert losses[-1] < losses[0] and losses[-1] < 0.75 * math.log(300)
 
 
 # --- DPO ---
