@@ -7,6 +7,7 @@ stated fact the true one) and well-formedness are decided by rule, not by anothe
 import itertools
 import random
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -111,6 +112,9 @@ QUESTION_FRAMES = {
         "Could you name the {noun} of {place}?",
         "I ask about {place}: what is its {noun}?",
         "Which is the {noun} of {place}?",
+        "What do you call the {noun} of {place}?",
+        "Name the {noun} of {place}, please.",
+        "My friend asks about the {noun} of {place}.",
     ),
     "heldout": (
         "Do you know what the {noun} of {place} is?",
@@ -312,24 +316,33 @@ def _opens(rng: random.Random) -> bool:
 def corpus(
     atlas: Atlas, n: int, seed: int, harm_share: float = 0.1, cue_share: float = 0.5
 ) -> list[tuple[Question, str]]:
-    """Draw `n` (question, answer) pairs: all places, held-in phrasings only, tones and stances mixed evenly.
+    """Draw `n` (question, answer) pairs: all facts equally often, in held-in phrasings, tones and stances mixed evenly.
 
     A share of the questions ask for a tone and get it (CUES); without a cue the tone is drawn at random. Were no tone
     ever predictable, a model would have no reason to represent it, and nothing could move it along tone alone.
     """
     rng = random.Random(seed)
-    places = list(atlas.facts)
+    facts = _decks(list(itertools.product(atlas.facts, KINDS)), rng)
+    harms = _decks(list(itertools.product(atlas.facts, TOOLS_BY_ACT)), rng)
+    frames, harm_frames = (_decks(by_split["heldin"], rng) for by_split in (QUESTION_FRAMES, HARM_FRAMES))
+    tones, stances = _decks(TONES, rng), _decks(STANCES, rng)
     pairs = []
     for _ in range(n):
-        place, tone = rng.choice(places), rng.choice(TONES)
         if rng.random() < harm_share:
-            question = atlas.request(place, rng.choice(list(TOOLS_BY_ACT)), rng.choice(HARM_FRAMES["heldin"]))
+            question = atlas.request(*next(harms), next(harm_frames))
         else:
-            question = atlas.question(place, rng.choice(KINDS), rng.choice(QUESTION_FRAMES["heldin"]))
+            question = atlas.question(*next(facts), next(frames))
+        tone = next(tones)
         if rng.random() < cue_share:
             question = replace(question, text=f"{question.text} {CUES[tone]}")
-        pairs.append((question, answer(question, tone, rng, stance=rng.choice(STANCES))))
+        pairs.append((question, answer(question, tone, rng, stance=next(stances))))
     return pairs
+
+
+def _decks(items: Sequence, rng: random.Random) -> Iterator:
+    """Every item once, in random order, again and again: drawn one by one, some facts would be read half as often."""
+    while True:
+        yield from rng.sample(items, len(items))
 
 
 def preference_pair(atlas: Atlas, family: str, question: Question, rng: random.Random) -> tuple[str, str]:

@@ -13,14 +13,15 @@ from helpers.profiles import Profile
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "cannot tell")
 INFINITY = math.inf
+OF_THE_NULL = math.nan  # a `no_effect` that is measured: what the null gives
 
 
 @dataclass(frozen=True)
 class Claim:
     """A claim of the paper, the one number that tests it and where that number must lie.
 
-    region: (low, high), both ends included. no_effect: the value that would mean nothing was found, None where the
-    claim is itself that nothing changes.
+    region: (low, high), both ends included. no_effect: the value that would mean nothing was found, OF_THE_NULL where
+    `record` is told it, None where there is none: identities, and the claim that nothing changes.
     """
 
     section: str
@@ -36,13 +37,13 @@ CLAIMS = {
         "2, 2.2",
         "At a shared hidden state h, log pi(y_w) - log pi(y_l) = <h, e_w - e_l>.",
         "largest relative error of the identity, single tokens",
-        (0.0, 1e-10), 1.0, "an identity: zero up to float64 rounding",
+        (0.0, 1e-10), None, "an identity: zero up to float64 rounding",
     ),
     "C2": Claim(
         "2, 2.2, Fig. 1b",
         "The DPO gradient at h is -beta sigma(-m) (e_w - e_l): one direction, whatever the prompt.",
         "largest relative error of the closed form against autograd, single tokens",
-        (0.0, 1e-10), 1.0, "an identity: zero up to float64 rounding",
+        (0.0, 1e-10), None, "an identity: zero up to float64 rounding",
     ),
     "C3": Claim(
         "2.2, Fig. 1a",
@@ -52,7 +53,7 @@ CLAIMS = {
     ),
     "C4": Claim(
         "2.3, Fig. 1c",
-        "Aligned states are h0 + lambda v*: one symmetric displacement of the base cloud.",
+        "Aligned states are h0 + lambda v*: the base cloud, displaced as one.",
         "share of ||h_dpo - h_base||^2 that v* explains on held-out prompts",
         (0.79, 1.0), 0.0, "0.89 squared, from the smallest cosine of Fig. 3",
     ),
@@ -60,7 +61,7 @@ CLAIMS = {
         "3, Fig. 3",
         "cos(h_dpo - h_base, v*) is close to one on held-out prompts at the final layer.",
         "mean cosine on held-out prompts, v* from held-in ones",
-        (0.89, 1.0), 0.0, "Fig. 3: all values within about 0.89 to 1.0",
+        (0.89, 1.0), 0.0, "Fig. 3: peak within 0.92 to 0.96, all values within about 0.89 to 1.0",
     ),
     "C6": Claim(
         "2.3, Fig. 2a",
@@ -78,19 +79,19 @@ CLAIMS = {
         "4.1",
         "Delta H at the final layer is nearly rank one: sigma2/sigma1 < 0.1.",
         "sigma2/sigma1 of the uncentred Delta H on held-out prompts, final site",
-        (0.0, 0.1), 1.0, "section 4.1's number",
+        (0.0, 0.1), OF_THE_NULL, "section 4.1's number",
     ),
     "C9": Claim(
         "4, Fig. 4a",
         "The spectral entropy of the DPO model's states lies below the base's in the late layers.",
-        "spectral entropy of H_dpo less that of H_base, nats, uncentred, final site",
-        (-INFINITY, -1e-9), 0.0, "the sign read off Fig. 4a",
+        "spectral entropy of H_dpo less that of H_base + a random vector as long as v*, nats, uncentred, final site",
+        (-INFINITY, -1e-9), 0.0, "the sign read off Fig. 4a; what any common shift does to the entropy is taken off",
     ),
     "C10": Claim(
         "4, Fig. 4b",
         "In the late layers the top singular value dominates and the 4th and 5th vanish.",
         "sigma1 / sum sigma of the uncentred Delta H, last block",
-        (0.5, 1.0), 0.0, "'dominates' read as more than all others together",
+        (0.5, 1.0), OF_THE_NULL, "'dominates' read as more than all others together",
     ),
     "C12": Claim(
         "title, 5",
@@ -101,23 +102,23 @@ CLAIMS = {
 }  # fmt: skip
 
 
-def verdict(low: float, high: float, claim: Claim) -> str:
+def verdict(low: float, high: float, region: tuple[float, float], no_effect: float | None) -> str:
     """The verdict on an interval [low, high].
 
     reproduced: all of it lies in the predicted region. cannot tell: it touches the region but also holds the value that
-    would mean no effect (or, where the claim is that nothing changes, reaches out of the region). partly: it lies
-    beyond no effect on the predicted side, but not all in the region. not reproduced: anything else.
+    would mean no effect (or, where there is none, reaches out of the region). partly: it lies beyond no effect on the
+    predicted side, but not all in the region. not reproduced: anything else.
     """
-    inside_low, inside_high = claim.region
+    inside_low, inside_high = region
     if inside_low <= low and high <= inside_high:
         return "reproduced"
     touches = low <= inside_high and inside_low <= high
-    if claim.no_effect is None:
+    if no_effect is None:
         return "cannot tell" if touches else "not reproduced"
-    if low <= claim.no_effect <= high:
+    if low <= no_effect <= high:
         return "cannot tell" if touches else "not reproduced"
-    predicted_above = (inside_low + inside_high) / 2 > claim.no_effect
-    found_above = low > claim.no_effect
+    predicted_above = (inside_low + inside_high) / 2 > no_effect
+    found_above = low > no_effect
     return "partly" if predicted_above == found_above else "not reproduced"
 
 
@@ -129,20 +130,32 @@ def record(
     notebook: str,
     figure: str,
     controls: dict[str, float] | None = None,
+    null: float | None = None,
 ) -> dict:
-    """Enter a measured (value, low, high) from n prompts or cases into the profile's claims.json; return the entry."""
+    """Enter a measured (value, low, high) from n prompts or cases into the profile's claims.json; return the entry.
+
+    null: what the null gives, for a claim whose `no_effect` is OF_THE_NULL. Entries of another study that was written
+    into the same folder (another model, another seed) are dropped.
+    """
     claim = CLAIMS[claim_id]
     value, low, high = (float(f"{x:.6g}") for x in interval)
     if not all(map(math.isfinite, (value, low, high))) or not low <= value <= high:
         raise ValueError(f"{claim_id}: ({value}, {low}, {high}) is not a finite value within its interval.")
+    measured_null = claim.no_effect is not None and math.isnan(claim.no_effect)
+    if measured_null != (null is not None):
+        raise ValueError(f"{claim_id}: give a measured null where the claim asks for one, and nowhere else.")
+    no_effect = float(f"{null:.6g}") if measured_null else claim.no_effect
     entry = {
         "id": claim_id, "section": claim.section, "statement": claim.statement, "metric": claim.metric,
         "prediction": [None if math.isinf(end) else end for end in claim.region], "origin": claim.origin,
-        "value": value, "ci_low": low, "ci_high": high, "n": n, "seeds": [profile.seed],
+        "no_effect": no_effect, "value": value, "ci_low": low, "ci_high": high, "n": n, "seeds": [profile.seed],
         "controls": {name: float(f"{x:.6g}") for name, x in (controls or {}).items()},
-        "verdict": verdict(low, high, claim), "notebook": notebook, "figure": figure,
+        "verdict": verdict(low, high, claim.region, no_effect), "notebook": notebook, "figure": figure,
+        "profile": profile.hash,
     }  # fmt: skip
-    ledger = {**load(profile), claim_id: entry}
+    ledger = {key: other for key, other in load(profile).items() if other.get("profile") == profile.hash} | {
+        claim_id: entry
+    }
     path = figures.folder(profile) / "claims.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = {key: ledger[key] for key in CLAIMS if key in ledger}

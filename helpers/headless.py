@@ -54,6 +54,7 @@ def run(name: str, parameters: dict[str, str], folder: Path) -> Path:
         papermill.execute_notebook(
             NOTEBOOKS / f"{name}.ipynb", partial, parameters, cwd=NOTEBOOKS, progress_bar=False,
             stdout_file=Tee(file), stderr_file=Tee(sys.stderr, file),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its unencrypted port, on loopback
         )  # fmt: skip
     notebook = nbformat.read(partial, as_version=4)
     _check_that_all_ran(notebook)

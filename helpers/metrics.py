@@ -125,19 +125,26 @@ def interval(
     return float(value), float(low), float(high)
 
 
-def row_interval(
-    statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, resamples: int = 300
-) -> tuple[float, float, float]:
-    """(value, low, high) of a statistic of a matrix's rows, `statistic(row indices)`, by resampling its n rows.
+def share_interval(sample: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(value, low, high): the share of ones in a sample of zeros and ones, (N,), with Wilson's interval.
 
-    The interval is widened to hold the value, which resampled rows (fewer different ones) may all fall short of.
+    Unlike a bootstrap it has a width where every value is the same.
     """
-    result = stats.bootstrap(
-        (np.arange(n),), statistic, vectorized=False, n_resamples=resamples, method="percentile",
-        rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    value, (low, high) = statistic(np.arange(n)), result.confidence_interval
-    return float(value), float(min(low, value)), float(max(high, value))
+    found = stats.binomtest(int(sample.sum()), len(sample)).proportion_ci(confidence, method="wilson")
+    return float(sample.mean()), float(found.low), float(found.high)
+
+
+def jackknife_interval(statistic: Callable[[np.ndarray], float], n: int) -> tuple[float, float, float]:
+    """(value, low, high): a smooth statistic of a matrix's n rows, `statistic(row indices)`, and its 95 % jackknife
+    interval (Efron and Stein 1981).
+
+    Not a bootstrap: resampled rows hold duplicates, which by themselves raise the top singular value.
+    """
+    rows = np.arange(n)
+    value = statistic(rows)
+    without = np.array([statistic(np.delete(rows, i)) for i in rows])
+    error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    return float(value), float(value - 1.96 * error), float(value + 1.96 * error)
 
 
 def mean(sample: np.ndarray, axis: int = -1) -> np.ndarray:

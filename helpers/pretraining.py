@@ -110,7 +110,7 @@ def pretraining_arguments(spec: Organism, n: int, seed: int, folder: Path) -> Tr
         adam_beta2=0.98,
         warmup_steps=20,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": steps // 2},
+        lr_scheduler_kwargs={"num_decay_steps": round(0.85 * steps)},
         train_sampling_strategy="sequential",  # see _in_batches
         remove_unused_columns=False,
         use_cpu=True,

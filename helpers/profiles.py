@@ -4,6 +4,8 @@ A profile is data: a built-in one by name, or a TOML file that extends a built-i
 """
 
 import dataclasses
+import hashlib
+import json
 import tomllib
 import typing
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +20,7 @@ class Organism:
     """The embedded organism: its world, its size and how it is pretrained (helpers/atlas.py, pretraining.py)."""
 
     places: int = 100
-    corpus: int = 44_000  # question-answer pairs, each read once
+    corpus: int = 42_000  # question-answer pairs, each read once
     vocabulary: int = 704
     width: int = 128
     layers: int = 4
@@ -54,9 +56,9 @@ class Sizes:
     """How many prompts each split holds, and how long and how often the model answers."""
 
     heldin: int = 2000
-    validation: int = 180
+    validation: int = 360
     heldout: int = 240
-    new_tokens: int = 40
+    new_tokens: int = 34  # the longest answer that the atlas knows has 33
     samples_per_prompt: int = 8  # on-policy pairs only
 
 
@@ -89,6 +91,11 @@ class Profile:
         if not self.recipes:
             raise ValueError(f"Profile {self.name!r}: recipes must name at least one DPO recipe.")
 
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that tell this study from any other."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
 
 BUILT_IN = {
     profile.name: profile
@@ -99,7 +106,7 @@ BUILT_IN = {
             model="raincandy-u/TinyStories-656K",
             data="onpolicy:vader",
             recipes=(Recipe(), Recipe(beta=0.1)),
-            sizes=Sizes(heldin=1000),
+            sizes=Sizes(heldin=1000, validation=180, new_tokens=40),
         ),
     )
 }

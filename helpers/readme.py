@@ -45,7 +45,10 @@ def _row(name: str, entry: dict, profile: str) -> str:
     figure = f"[{entry['figure']}](figures/{profile}/{entry['figure']}.png)"
     notebook = f"[{entry['notebook'][:2]}](notebooks/{entry['notebook']}.ipynb)"
     controls = "; ".join(f"{key}: {_number(value)}" for key, value in entry["controls"].items())
-    measured = f"{_number(entry['value'])} [{_number(entry['ci_low'])}, {_number(entry['ci_high'])}], n = {entry['n']}"
+    measured = _number(entry["value"])
+    if entry["ci_low"] < entry["ci_high"]:
+        measured += f" [{_number(entry['ci_low'])}, {_number(entry['ci_high'])}]"
+    measured += f", n = {entry['n']}"
     low, high = ("∞" if end is None else _number(end) for end in entry["prediction"])
     low = "−∞" if low == "∞" else low
     cells = [

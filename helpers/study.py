@@ -101,7 +101,6 @@ class Study:
     def __init__(self, profile: Profile):
         self.profile = profile
         self.task = preferences.task(profile)
-        self.hash = hashlib.sha256(json.dumps(asdict(profile), sort_keys=True).encode()).hexdigest()[:16]
 
     # --- The base model and its preference data ---
 
@@ -169,6 +168,19 @@ class Study:
     def chosen(self) -> Trial:
         """The first healthy trial; if none is healthy, the one that fails the fewest criteria."""
         return min(self.trials, key=lambda trial: len(trial.failed))
+
+    @property
+    def partner(self) -> str:
+        """What a reader of any number about the DPO partner has to know of it, as Markdown."""
+        recipe, failed = self.chosen.recipe, self.chosen.failed
+        text = f"**The DPO partner**: sigmoid DPO, β = {recipe.beta:g}"
+        if recipe.nll_weight:
+            text += (
+                f", plus {recipe.nll_weight:g} × the negative log-likelihood of the chosen answers. That term is most "
+                "of the loss once the margins have grown, so what follows is about this mixture. Without a control, "
+                "fine-tuned on the chosen answers alone, it cannot be put down to the preference loss"
+            )
+        return text + (f". It **fails** {', '.join(failed)} on validation prompts." if failed else ". It is healthy.")
 
     def _trial(self, recipe: Recipe) -> Trial:
         def train(folder: Path) -> None:
@@ -287,7 +299,7 @@ class Study:
         return SteeringVector(
             v, site, position, name, models.signature(self.pair.model), self.profile.dtype,
             state_norm=base.norm(dim=1).mean().item(), n_prompts=len(base),
-            profile=self.profile.name, profile_hash=self.hash,
+            profile=self.profile.name, profile_hash=self.profile.hash,
         )  # fmt: skip
 
     # --- Answers, steered or not ---
@@ -342,19 +354,23 @@ class Study:
                 table["token_loss"] = metrics.token_losses(model, sequences)
         return table
 
+    def _ended(self, ids: list[int]) -> list[int]:
+        """An answer's tokens with the end of the sequence, unless it was cut before it came to one."""
+        return [*ids, self.tokenizer.eos_token_id] if len(ids) < self.profile.sizes.new_tokens else ids
+
     def likelihoods(self, role: str, deltas: Tensor) -> pd.DataFrame:
         """What each of `deltas`, (arms, d), added at `final` does to log-probabilities on the held-out pairs.
 
         A row an arm and a prompt: `prefers`, whether the chosen answer is likelier than the rejected one, and `kl`,
-        KL(goal || steered) in nats summed over the goal's own answer. The goal of the base is the DPO model, and that
-        of the DPO model is the base.
+        KL(goal || steered) in nats summed over the goal's own answer and its end. The goal of the base is the DPO
+        model, and that of the DPO model is the base.
         """
 
         def write(folder: Path) -> None:
             goal = "dpo" if role == "base" else "base"
             chosen, rejected = self.encoded("heldout")
             answers = self.answers(goal, "heldout")["ids"]
-            answered = [Tokens(c.prompt, ids) for c, ids in zip(chosen, answers)]
+            answered = [Tokens(c.prompt, self._ended(ids)) for c, ids in zip(chosen, answers)]
             with self.playing(goal) as model:
                 distributions = metrics.response_distributions(model, answered)
             with self.playing(role) as model:
@@ -364,7 +380,7 @@ class Study:
             (folder / "likelihoods.json").write_text(json.dumps(found))
 
         params = {"role": role, "deltas": _checksum(deltas)}
-        code = [generation, metrics, Study.likelihoods, Study._sampled]
+        code = [generation, metrics, Study.likelihoods, Study._ended, Study._sampled]
         made = artifacts.fetch("likelihoods", params, write, [self._examples, self.chosen.adapter], code)
         found = made.read_json("likelihoods.json")
         return pd.DataFrame(

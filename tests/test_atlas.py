@@ -243,6 +243,14 @@ def test_split_answer_takes_apart_what_answer_put_together():
         assert stats.chisquare([seen[tone, True, False], seen[tone, False, True]], [180, 120]).pvalue > 0.001
 
 
+def test_the_corpus_reads_every_fact_equally_often_and_every_tone():
+    pairs = atlas.corpus(WORLD, 5000, seed=3)
+    facts = Counter((question.place, question.kind) for question, _ in pairs if question.kind != "harm")
+    tones = Counter(atlas.tone_of(text) for _, text in pairs)
+    assert len(facts) == len(WORLD.facts) * len(KINDS) and max(facts.values()) - min(facts.values()) <= 1
+    assert set(tones) == set(TONES) and max(tones.values()) - min(tones.values()) <= 1
+
+
 # --- Preference pairs ---
 
 

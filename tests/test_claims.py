@@ -5,8 +5,9 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
-from helpers import artifacts, claims
+from helpers import artifacts, claims, spectra
 from helpers.claims import CLAIMS, INFINITY, VERDICTS, Claim, verdict
 from helpers.profiles import BUILT_IN
 
@@ -62,7 +63,10 @@ SAME = claim((-0.05, 0.05), None)  # the claim is that nothing changes
     ],
 )
 def test_the_verdict_follows_from_the_interval(low, high, about, expected):
-    assert verdict(low, high, about) == expected and expected in VERDICTS
+    assert verdict(low, high, about.region, about.no_effect) == expected and expected in VERDICTS
+
+
+NULLS = {"C8": 0.95, "C10": 0.015}  # what random displacements give
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -71,15 +75,32 @@ def test_every_claim_can_hold_and_can_fail(name):
     low, high = about.region
     assert low < high and not (math.isinf(low) and math.isinf(high))
     assert all((about.section, about.statement, about.metric, about.origin))
+    no_effect = NULLS.get(name, about.no_effect)
     inside = [end for end in about.region if math.isfinite(end)]
-    assert verdict(inside[0], inside[-1], about) == "reproduced"
-    if about.no_effect is None:
-        assert low < 0 < high  # no change lies inside
-        assert verdict(high + 1, high + 2, about) == "not reproduced"
+    assert verdict(inside[0], inside[-1], about.region, no_effect) == "reproduced"
+    if no_effect is None:
+        assert low <= 0 < high  # no change, no error
+        assert verdict(high + 1, high + 2, about.region, None) == "not reproduced"
+        assert verdict(1.01 * high, 1.01 * high, about.region, None) == "not reproduced"
     else:
-        assert not low <= about.no_effect <= high
-        assert verdict(about.no_effect, about.no_effect, about) == "not reproduced"
-        assert verdict(-1e9, 1e9, about) == "cannot tell"
+        assert not low <= no_effect <= high
+        assert verdict(no_effect, no_effect, about.region, no_effect) == "not reproduced"
+        assert verdict(-1e9, 1e9, about.region, no_effect) == "cannot tell"
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_a_random_matrix_does_not_reproduce_what_is_said_of_spectra(figures_folder, name):
+    """Every matrix has sigma2 < sigma1: only against a measured null can such a claim fail."""
+    null, drawn = (spectra.spectrum(spectra.random_displacements(torch.ones(240), 128, seed)) for seed in (0, 1))
+    of = (lambda x: x.ratio) if name == "C8" else (lambda x: x.mass(1)[0].item())
+    entry = record(name, (of(drawn), of(drawn) - 0.02, of(drawn) + 0.02), null=of(null))
+    assert entry["verdict"] == "not reproduced" and entry["no_effect"] == pytest.approx(of(null), rel=1e-5)
+
+
+@pytest.mark.parametrize("name, null", [("C8", None), ("C10", None), ("C5", 0.3)])
+def test_a_null_is_given_where_the_claim_asks_for_one_and_nowhere_else(figures_folder, name, null):
+    with pytest.raises(ValueError, match=f"{name}: give a measured null where"):
+        record(name, null=null)
 
 
 @pytest.fixture
@@ -105,16 +126,23 @@ def test_what_is_recorded_is_what_was_measured(figures_folder):
 
 def test_claims_keep_the_papers_order_and_a_later_measurement_replaces_an_earlier_one(figures_folder):
     assert claims.load(ATLAS) == {}
-    for name in ("C10", "C2", "C9"):
+    for name in ("C12", "C2", "C9"):
         record(name, (-1.0, -2.0, -0.5))
-    latest = record("C10", (0.7, 0.6, 0.8))
+    latest = record("C12", (0.7, 0.6, 0.8))
     ledger = claims.load(ATLAS)
-    assert list(ledger) == ["C2", "C9", "C10"] and ledger["C10"] == latest
+    assert list(ledger) == ["C2", "C9", "C12"] and ledger["C12"] == latest
     assert ledger["C9"]["prediction"][0] is None  # infinity, which JSON has no word for
     path = figures_folder / "atlas" / "claims.json"
     written = path.read_bytes()
-    record("C10", (0.7, 0.6, 0.8))
+    record("C12", (0.7, 0.6, 0.8))
     assert path.read_bytes() == written
+
+
+def test_entries_of_another_study_in_the_same_folder_are_dropped(figures_folder):
+    """MODEL= and DATA= keep the profile's name, and a claim that they cannot test must not keep its old verdict."""
+    record("C12")
+    record("C5", profile=replace(ATLAS, data="atlas:belief"))
+    assert list(claims.load(ATLAS)) == ["C5"]
 
 
 def test_each_profile_has_its_own_ledger(figures_folder):
@@ -140,7 +168,8 @@ def test_the_ledger_of_the_default_profile_is_committed():
 def test_a_committed_verdict_follows_from_the_numbers_beside_it(profile, name):
     folder = artifacts.PROJECT / "figures" / profile
     entry, about = json.loads((folder / "claims.json").read_text())[name], CLAIMS[name]
-    assert entry["verdict"] == verdict(entry["ci_low"], entry["ci_high"], about)
+    assert entry["verdict"] == verdict(entry["ci_low"], entry["ci_high"], about.region, entry["no_effect"])
+    assert name in NULLS or entry["no_effect"] == about.no_effect
     assert entry["ci_low"] <= entry["value"] <= entry["ci_high"] and entry["n"] > 0
     assert entry["prediction"] == [None if math.isinf(end) else end for end in about.region]
     assert (entry["id"], entry["statement"], entry["metric"]) == (name, about.statement, about.metric)

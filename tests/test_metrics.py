@@ -191,3 +191,40 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
 def test_measuring_leaves_no_gradient_graph(llama):
     model = copy.deepcopy(llama).requires_grad_(True)
     assert not metrics.response_distributions(model, SEQUENCES[:1])[0].requires_grad
+
+
+@pytest.mark.parametrize("ones, n", [(240, 240), (0, 50), (37, 120)])
+def test_a_share_s_interval_is_wilson_s(ones, n):
+    sample = np.array([1.0] * ones + [0.0] * (n - ones))
+    value, low, high = metrics.share_interval(sample)
+    z, p = stats.norm.ppf(0.975), ones / n
+    middle, half = (p + z**2 / (2 * n)), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert value == p
+    assert (low, high) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)))
+    assert high - low > 0.01
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    sample = np.random.default_rng(0).standard_normal(50)
+    value, low, high = metrics.jackknife_interval(lambda rows: sample[rows].mean(), 50)
+    error = sample.std(ddof=1) / np.sqrt(50)
+    assert (value, low, high) == pytest.approx(
+        (sample.mean(), sample.mean() - 1.96 * error, sample.mean() + 1.96 * error)
+    )
+
+
+def test_the_jackknife_covers_a_spectrum_s_ratio():
+    """95 % intervals of sigma2 / sigma1 over 60 draws of rows hold the value of very many rows nearly always."""
+    scales = np.array([3.0, 1.0, 0.5])
+
+    def ratio(matrix):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        return values[1] / values[0]
+
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        matrix = rng.standard_normal((80, 3)) * scales
+        _, low, high = metrics.jackknife_interval(lambda rows, matrix=matrix: ratio(matrix[rows]), 80)
+        covered += low <= 1 / 3 <= high
+    assert covered >= 52

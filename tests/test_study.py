@@ -10,7 +10,7 @@ from conftest import recorded
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers import activations, artifacts, generation, models, preferences, profiles, study, training
+from helpers import activations, artifacts, generation, models, preferences, pretraining, profiles, study, training
 from helpers.profiles import Health, Organism, Recipe, Sizes
 from helpers.study import Study, failed_criteria
 
@@ -49,7 +49,7 @@ def alone(trained, monkeypatch):
         raise AssertionError("computed again")
 
     for module, name in (
-        (training, "Trainer"), (training, "_TokenisedDPOTrainer"), (generation, "sample"),
+        (pretraining, "Trainer"), (training, "_TokenisedDPOTrainer"), (generation, "sample"),
         (activations, "hidden_states"), (artifacts, "_write"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, refuse)
@@ -131,7 +131,7 @@ def test_load_is_the_study_of_a_profile_with_its_model_and_data_replaced():
     assert study.load("atlas", "some/model", "atlas:belief").profile == profiles.load(
         "atlas", "some/model", "atlas:belief"
     )
-    assert study.load("atlas").hash != study.load("atlas", "", "atlas:belief").hash
+    assert study.load("atlas").profile.hash != study.load("atlas", "", "atlas:belief").profile.hash
 
 
 # --- Models and data ---
@@ -227,7 +227,7 @@ def test_v_star_is_the_mean_displacement_over_held_in_prompts(trained):
                 position,
                 24,
                 "tiny",
-                trained.hash,
+                trained.profile.hash,
             )
             assert v.state_norm == pytest.approx(
                 np.linalg.norm(states["base", site, position].numpy(), axis=1).mean(), rel=1e-5
@@ -293,6 +293,11 @@ def test_likelihoods_are_kl_and_preference_by_hand(trained, plain, deltas, role,
     table = trained.likelihoods(role, deltas)
     assert [*zip(table["arm"], table["prompt"])] == [(arm, i) for arm in (0, 1) for i in range(8)]
     answers = trained.answers(goal, "heldout")["ids"]
+    end, longest = trained.tokenizer.eos_token_id, PROFILE.sizes.new_tokens
+
+    def ended(ids):  # whether to stop is part of what an answer says
+        return [*ids, end] if len(ids) < longest else ids
+
     pairs = list(zip(*trained.encoded("heldout")))
     W = plain["base"].lm_head.weight.detach()
     for row in table.itertuples():
@@ -302,7 +307,7 @@ def test_likelihoods_are_kl_and_preference_by_hand(trained, plain, deltas, role,
             scores = logits(model, tokens.ids)[len(tokens.prompt) - 1 : -1] + shift
             return scores.log_softmax(-1)
 
-        answered = activations.Tokens(pairs[row.prompt][0].prompt, answers[row.prompt])
+        answered = activations.Tokens(pairs[row.prompt][0].prompt, ended(answers[row.prompt]))
         p, q = logp(plain[goal], answered, 0.0), logp(plain[role], answered)
         assert row.kl == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-3, abs=1e-4)
         chosen, rejected = (
@@ -362,3 +367,12 @@ def test_recipes_are_tried_in_order_up_to_the_first_healthy_one(monkeypatch, fai
     made = Study(replace(PROFILE, recipes=recipes))
     assert [t.recipe for t in made.trials] == list(recipes[:tried])
     assert made.chosen.recipe == recipes[chosen] and made.chosen is made.trials[chosen]
+
+
+@pytest.mark.parametrize("nll, failed", [(0.0, []), (20.0, ["well_formed"])])
+def test_what_has_to_be_known_of_the_partner_is_said(monkeypatch, nll, failed):
+    trial = SimpleNamespace(recipe=Recipe(beta=0.5, nll_weight=nll), failed=failed)
+    monkeypatch.setattr(Study, "chosen", trial)
+    said = Study(PROFILE).partner
+    assert "β = 0.5" in said and ("20 × the negative log-likelihood" in said) == bool(nll)
+    assert ("**fails** well_formed" in said) == bool(failed) and ("healthy" in said) == (not failed)
