@@ -83,4 +83,4 @@ $(BUILD)/01_derivation_check.ipynb: $(BUILD)/00_model_organism.ipynb
 $(BUILD)/02_dpo_lora.ipynb: $(BUILD)/00_model_organism.ipynb
 $(BUILD)/03_steering_vector.ipynb: $(BUILD)/02_dpo_lora.ipynb
 $(BUILD)/04_add_subtract.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
-$(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/03_steering_vector.ipynb
+$(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb

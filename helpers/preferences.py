@@ -127,7 +127,7 @@ class StoryTask:
         sizes, seed = self.profile.sizes, self.profile.seed
         rng = random.Random(f"{seed}/{self.profile.data}/{split}")
         openings = [
-            f"Once upon a time, there was {hero}. One day, {hero.split()[-1]} {event}."
+            f"Once upon a time, there was {hero}. One day, {hero.split()[-1]} {event}. "  # its tokens end in a space
             for hero, event in itertools.product(HEROES, EVENTS[split])
         ]
         openings = _draw(rng, openings, getattr(sizes, split), split)

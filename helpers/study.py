@@ -54,6 +54,7 @@ SHOWN_IN = {
     "token_vector": "02_dpo_lora",
     "chosen": "02_dpo_lora",
     "pair": "02_dpo_lora",
+    "partner": "02_dpo_lora",
     "states": "03_steering_vector",
     "displacements": "03_steering_vector",
     "vector": "03_steering_vector",

@@ -231,11 +231,10 @@ def test_stance_of_neither_or_both_is_none():
 
 
 def test_split_answer_takes_apart_what_answer_put_together():
-    rng = random.Random(0)
+    rng, question = random.Random(0), WORLD.questions("heldin", "heldin")[0]
     seen = Counter()
     for tone in TONES:
         for _ in range(300):
-            question = WORLD.questions("heldin", "heldin")[0]
             opener, body, closer = atlas.split_answer(atlas.answer(question, tone, rng))
             assert body == atlas.plain_answer(question) and {opener, closer} - {""} == ({tone} - {"plain"})
             seen[tone, bool(opener), bool(closer)] += 1
