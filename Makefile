@@ -70,7 +70,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 # A notebook runs again when it, a helper that it imports, the profile's file or MODEL= or DATA= has changed.
-$(BUILD)/%.ipynb: notebooks/%.ipynb $(HELPERS) $(VENV)/installed $(BUILD)/choice $(filter %.toml,$(PROFILE))
+$(BUILD)/%.ipynb: notebooks/%.ipynb $(HELPERS) $(VENV)/installed $(BUILD)/choice $(wildcard $(filter %.toml,$(PROFILE)))
 	@$(RUN) $* --profile "$(PROFILE)" --model "$(MODEL)" --data "$(DATA)"
 
 $(BUILD)/choice: always
