@@ -324,7 +324,7 @@ def corpus(
     """Draw `n` (question, answer) pairs: all facts equally often, in held-in phrasings, tones and stances mixed evenly.
 
     A share of the questions ask for a tone and get it (CUES); without a cue the tone is drawn at random. Were no tone
-    ever predictable, a model would have no reason to represent it, and nothing could move it along tone alone.
+    ever predictable from a prompt, nothing would make a model represent it.
     """
     rng = random.Random(seed)
     facts = _decks(list(itertools.product(atlas.facts, KINDS)), rng)

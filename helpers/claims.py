@@ -1,7 +1,8 @@
 """The claims ledger: what the paper claims, what we predicted before measuring, what was measured, and a verdict.
 
 Regions come from the paper's own numbers where it gives any and were written before anything was measured; the verdict
-follows by rule from the measured interval alone.
+follows by rule from the measured interval alone. Three claims were made stricter after a first measurement, on review: C8
+and C10 are held against a measured null, and C9 against what any common shift does.
 """
 
 import json

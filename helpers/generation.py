@@ -97,10 +97,10 @@ def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, delt
         with nullcontext() if deltas is None else steering.added(model, site, rows.deltas, first):
             rows.advance(model, steps, settings)
         answered = rows.ids[:, width:].tolist()
-        open_ = torch.tensor([len(ids) < new_tokens and end not in ids for ids in answered])
-        for i in (~open_).nonzero().flatten().tolist():
+        going = torch.tensor([len(ids) < new_tokens and end not in ids for ids in answered])
+        for i in (~going).nonzero().flatten().tolist():
             answers[rows.index[i]] = _until_end(answered[i], end)
-        rows.keep(open_)
+        rows.keep(going)
     return answers
 
 
@@ -116,6 +116,7 @@ class _Rows:
     cache: Cache | None  # keys and values of what has been read
 
     def advance(self, model: nn.Module, steps: int, settings: dict) -> None:
+        """Decode up to `steps` more tokens."""
         out = models.causal_lm(model).generate(
             input_ids=self.ids,
             attention_mask=self.attended,
@@ -130,6 +131,7 @@ class _Rows:
         self.attended = torch.cat([self.attended, self.attended.new_ones(len(self.ids), new)], dim=1)
 
     def keep(self, chosen: Tensor) -> None:
+        """Drop the other rows; chosen: (rows,), true or false."""
         if chosen.all():
             return
         self.index, self.ids, self.attended = self.index[chosen], self.ids[chosen], self.attended[chosen]

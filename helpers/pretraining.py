@@ -158,8 +158,6 @@ def _loss(outputs, labels: Tensor, num_items_in_batch=None, *, tokens_per_batch:
     A mean over the batch's own tokens would weigh each of them more in batches of short answers, and the organism would
     learn to answer short: more often in a plain tone than the corpus does.
     """
-    logits, targets = outputs["logits"][:, :-1], labels[:, 1:]
-    return (
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        / tokens_per_batch
-    )
+    logits, targets = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    summed = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return summed / tokens_per_batch

@@ -176,9 +176,12 @@ class Study:
         recipe, failed = self.chosen.recipe, self.chosen.failed
         text = f"**The DPO partner**: sigmoid DPO, β = {recipe.beta:g}"
         if recipe.nll_weight:
+            last = self.chosen.log.tail(10)
+            loss, margins = last["loss"].mean(), last["rewards/margins"]
             text += (
-                f", plus {recipe.nll_weight:g} × the negative log-likelihood of the chosen answers. That term is most "
-                "of the loss once the margins have grown, so what follows is about this mixture. Without a control, "
+                f", plus {recipe.nll_weight:g} × the negative log-likelihood of the chosen answers. Over the last ten "
+                f"steps the loss is {loss:.2f}; the sigmoid term at their mean margins is "
+                f"{np.logaddexp(0, -margins).mean():.2f} of it. What follows is about this mixture: without a control, "
                 "fine-tuned on the chosen answers alone, it cannot be put down to the preference loss"
             )
         return text + (f". It **fails** {', '.join(failed)} on validation prompts." if failed else ". It is healthy.")
@@ -357,7 +360,8 @@ class Study:
 
     def _ended(self, ids: list[int]) -> list[int]:
         """An answer's tokens with the end of the sequence, unless it was cut before it came to one."""
-        return [*ids, self.tokenizer.eos_token_id] if len(ids) < self.profile.sizes.new_tokens else ids
+        end, cut = self.tokenizer.eos_token_id, len(ids) == self.profile.sizes.new_tokens
+        return ids if cut or end is None else [*ids, end]
 
     def likelihoods(self, role: str, deltas: Tensor) -> pd.DataFrame:
         """What each of `deltas`, (arms, d), added at `final` does to log-probabilities on the held-out pairs.
@@ -377,20 +381,19 @@ class Study:
             with self.playing(role) as model:
                 likelier, other = (metrics.response_logps(model, given, deltas) for given in (chosen, rejected))
                 kl = metrics.kl_to(distributions, model, answered, deltas)
-            found = {"prefers": (likelier > other).tolist(), "kl": kl.tolist()}
-            (folder / "likelihoods.json").write_text(json.dumps(found))
+            arms, prompts = np.indices(kl.shape).reshape(2, -1)
+            rows = {
+                "arm": arms,
+                "prompt": prompts,
+                "prefers": (likelier > other).astype(float).ravel(),
+                "kl": kl.ravel(),
+            }
+            (folder / "likelihoods.json").write_text(json.dumps({name: of.tolist() for name, of in rows.items()}))
 
         params = {"role": role, "deltas": _checksum(deltas)}
         code = [generation, metrics, Study.likelihoods, Study._ended, Study._sampled]
         made = artifacts.fetch("likelihoods", params, write, [self._examples, self.chosen.adapter], code)
-        found = made.read_json("likelihoods.json")
-        return pd.DataFrame(
-            [
-                {"arm": arm, "prompt": i, "prefers": float(prefers), "kl": kl}
-                for arm, (of_arm, kls) in enumerate(zip(found["prefers"], found["kl"]))
-                for i, (prefers, kl) in enumerate(zip(of_arm, kls))
-            ]
-        )
+        return pd.DataFrame(made.read_json("likelihoods.json"))
 
 
 def failed_criteria(measured: dict[str, float], health: Health) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import atlas, metrics, models, preferences, pretraining
 from helpers.activations import Tokens
-from helpers.profiles import Organism
+from helpers.profiles import Organism, Sizes
 
 SPEC = Organism(places=20, corpus=96, vocabulary=300, width=32, layers=1)
 PAIRS = atlas.corpus(atlas.Atlas(20, seed=0), 60, seed=1)
@@ -50,6 +50,14 @@ def test_names_take_several_tokens():
     for kind in ("capital", "river", "flag", "dish", "animal", "craft"):
         assert min(len(tokenizer.tokenize(value)) for value in world.values[kind]) >= 2, kind
     assert min(len(tokenizer.tokenize(place)) for place in world.facts) >= 2
+
+
+def test_the_longest_answer_fits_what_the_default_profile_lets_a_model_say():
+    """With its end, so that a whole answer is never taken for one that was cut."""
+    pairs = atlas.corpus(atlas.Atlas(Organism().places, seed=0), 8000, seed=0)
+    texts = [f"{question.text} {answer}" for question, answer in pairs]
+    tokenizer = pretraining.build_tokenizer(texts, Organism().vocabulary)
+    assert max(len(tokens.response) for tokens in pretraining._encode_all(tokenizer, pairs)) <= Sizes().new_tokens
 
 
 def test_a_prompt_is_a_prefix_of_its_conversation_and_starts_once(tokenizer):

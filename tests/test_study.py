@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import recorded
@@ -371,8 +372,10 @@ def test_recipes_are_tried_in_order_up_to_the_first_healthy_one(monkeypatch, fai
 
 @pytest.mark.parametrize("nll, failed", [(0.0, []), (20.0, ["well_formed"])])
 def test_what_has_to_be_known_of_the_partner_is_said(monkeypatch, nll, failed):
-    trial = SimpleNamespace(recipe=Recipe(beta=0.5, nll_weight=nll), failed=failed)
+    log = pd.DataFrame({"loss": [9.0] * 5 + [2.5] * 10, "rewards/margins": [0.0] * 15})
+    trial = SimpleNamespace(recipe=Recipe(beta=0.5, nll_weight=nll), failed=failed, log=log)
     monkeypatch.setattr(Study, "chosen", trial)
     said = Study(PROFILE).partner
     assert "β = 0.5" in said and ("20 × the negative log-likelihood" in said) == bool(nll)
+    assert ("the loss is 2.50; the sigmoid term at their mean margins is 0.69 of it" in said) == bool(nll)
     assert ("**fails** well_formed" in said) == bool(failed) and ("healthy" in said) == (not failed)
