@@ -6,6 +6,9 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Threads that wait give their core away soon: spinning, they slow a busy machine down several times.
+export GOMP_SPINCOUNT := 1000
+
 NAME := $(basename $(notdir $(PROFILE)))
 BUILD := build/$(NAME)
 HELPERS := $(filter-out helpers/headless.py helpers/readme.py,$(wildcard helpers/*.py))
@@ -26,6 +29,7 @@ help: ## list the targets
 
 .PHONY: figures
 figures: $(EXECUTED) ## run the notebooks and draw every figure into figures/<profile>/
+	@echo "Every figure is in figures/$(NAME)/, every executed notebook in $(BUILD)/."
 
 .PHONY: test
 test: $(VENV)/installed ## run the unit tests, and every notebook through nbmake
@@ -78,9 +82,13 @@ $(BUILD)/choice: always
 	@echo "$(PROFILE) $(MODEL) $(DATA)" | cmp -s - $@ || echo "$(PROFILE) $(MODEL) $(DATA)" > $@
 .PHONY: always
 
-# Which notebooks read what others show (tests/test_makefile.py compares this with the notebooks' code).
+# Which notebooks read what others show or enter into the ledger (tests/test_makefile.py compares this with the notebooks' code).
 $(BUILD)/01_derivation_check.ipynb: $(BUILD)/00_model_organism.ipynb
 $(BUILD)/02_dpo_lora.ipynb: $(BUILD)/00_model_organism.ipynb
-$(BUILD)/03_steering_vector.ipynb: $(BUILD)/02_dpo_lora.ipynb
+$(BUILD)/03_steering_vector.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb
 $(BUILD)/04_add_subtract.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
-$(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
+$(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
+$(BUILD)/06_controls.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb \
+  $(BUILD)/03_steering_vector.ipynb $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb
+$(BUILD)/08_scorecard.ipynb: $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
+  $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb $(BUILD)/06_controls.ipynb

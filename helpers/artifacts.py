@@ -13,19 +13,30 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+
+from filelock import FileLock
 
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "numpy")
 MANIFEST = "manifest.json"
 
 
+_making = ContextVar("making", default=True)
+
+
 class DamagedArtifact(Exception):
     """An artefact on disk is not what its manifest says."""
+
+
+class NotCached(Exception):
+    """An artefact is missing and may not be made here (`nothing_made`)."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +64,39 @@ def fetch(
     """
     key = key_of(stage, params, [artifact.key for artifact in upstream], [fingerprint(c) for c in code])
     path = root() / f"{stage}-{key[:16]}"
+    with _alone(path):
+        return _verified_or_made(path, key, stage, params, make)
+
+
+def _alone(path: Path) -> FileLock:
+    """One process at a time makes an artefact; the others wait for it and find it made."""
+    locks = root() / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / path.name)
+
+
+def _verified_or_made(path: Path, key: str, stage: str, params: dict, make: Callable[[Path], None]) -> Artifact:
     if path.exists():
         try:
             verify(path, key)
             return Artifact(path, key)
         except DamagedArtifact as damage:
-            warnings.warn(f"{damage} It is computed again.", stacklevel=2)
+            warnings.warn(f"{damage} It is computed again.", stacklevel=3)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not _making.get():
+        raise NotCached(f"The artefact {path.name} is not in the cache.")
     _write(path, key, stage, params, make)
     return Artifact(path, key)
+
+
+@contextmanager
+def nothing_made() -> Iterator[None]:
+    """Inside, `fetch` raises NotCached where it would have to make something."""
+    token = _making.set(False)
+    try:
+        yield
+    finally:
+        _making.reset(token)
 
 
 def root() -> Path:

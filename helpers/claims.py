@@ -1,8 +1,9 @@
 """The claims ledger: what the paper claims, what we predicted before measuring, what was measured, and a verdict.
 
 Regions come from the paper's own numbers where it gives any and were written before anything was measured; the verdict
-follows by rule from the measured interval alone. Three claims were made stricter after a first measurement, on review: C8
-and C10 are held against a measured null, and C9 against what any common shift does.
+follows by rule from the measured interval alone. Five claims were made stricter after a first measurement, on review:
+C6, C7, C8 and C10 are held against a measured null, and C9 against what a random common shift does. C11 was added
+before it was measured.
 """
 
 import json
@@ -10,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from helpers import figures
+from helpers.metrics import Estimate
 from helpers.profiles import Profile
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "cannot tell")
@@ -68,13 +70,13 @@ CLAIMS = {
         "2.3, Fig. 2a",
         "base + lambda v* takes the base to the DPO model's behaviour at lambda = 1.",
         "recovered share of the preferred behaviour at dose 1, final site",
-        (0.8, 1.2), 0.0, "Figs. 2a and 2b: 0.84 to 0.96 in four metrics",
+        (0.8, 1.2), OF_THE_NULL, "Figs. 2a and 2b: 0.84 to 0.96 in four metrics",
     ),
     "C7": Claim(
         "2.3, Fig. 2b",
         "dpo - lambda v* takes the DPO model back to the base at about lambda = 1.",
         "restored share of the preferred behaviour at dose 1, final site",
-        (0.8, 1.2), 0.0, "the text's 'near lambda = 1'; the numbers of Fig. 2b would give 1.5 and more",
+        (0.8, 1.2), OF_THE_NULL, "the text's 'near lambda = 1'; the numbers of Fig. 2b would give 1.5 and more",
     ),
     "C8": Claim(
         "4.1",
@@ -86,13 +88,20 @@ CLAIMS = {
         "4, Fig. 4a",
         "The spectral entropy of the DPO model's states lies below the base's in the late layers.",
         "spectral entropy of H_dpo less that of H_base + a random vector as long as v*, nats, uncentred, final site",
-        (-INFINITY, -1e-9), 0.0, "the sign read off Fig. 4a; what any common shift does to the entropy is taken off",
+        (-INFINITY, -1e-9), 0.0, "the sign read off Fig. 4a; what a random common shift does is taken off",
     ),
     "C10": Claim(
         "4, Fig. 4b",
         "In the late layers the top singular value dominates and the 4th and 5th vanish.",
         "sigma1 / sum sigma of the uncentred Delta H, last block",
         (0.5, 1.0), OF_THE_NULL, "'dominates' read as more than all others together",
+    ),
+    "C11": Claim(
+        "2.2",
+        "Each update is along its own v(i) = e_w - e_l; the aggregate lies in their span.",
+        "share of held-out ||Delta h||^2, final site, in the span of the leading directions that hold 0.95 of the "
+        "held-in preference vectors' squared norm",
+        (0.9, 1.0), OF_THE_NULL, "the paper gives no number; ours: nine tenths",
     ),
     "C12": Claim(
         "title, 5",
@@ -126,20 +135,21 @@ def verdict(low: float, high: float, region: tuple[float, float], no_effect: flo
 def record(
     profile: Profile,
     claim_id: str,
-    interval: tuple[float, float, float],
+    estimate: Estimate,
     n: int,
     notebook: str,
     figure: str,
     controls: dict[str, float] | None = None,
     null: float | None = None,
 ) -> dict:
-    """Enter a measured (value, low, high) from n prompts or cases into the profile's claims.json; return the entry.
+    """Enter an estimate from n prompts or cases into the profile's claims.json; return the entry.
 
     null: what the null gives, for a claim whose `no_effect` is OF_THE_NULL. Entries of another study that was written
     into the same folder (another model, another seed) are dropped.
     """
     claim = CLAIMS[claim_id]
-    value, low, high = (float(f"{x:.6g}") for x in interval)
+    value, low, high = (float(f"{x:.6g}") for x in estimate[:3])
+    by_seed = [float(f"{x:.6g}") for x in estimate.by_seed] or [value]
     if not all(map(math.isfinite, (value, low, high))) or not low <= value <= high:
         raise ValueError(f"{claim_id}: ({value}, {low}, {high}) is not a finite value within its interval.")
     measured_null = claim.no_effect is not None and math.isnan(claim.no_effect)
@@ -149,19 +159,38 @@ def record(
     entry = {
         "id": claim_id, "section": claim.section, "statement": claim.statement, "metric": claim.metric,
         "prediction": [None if math.isinf(end) else end for end in claim.region], "origin": claim.origin,
-        "no_effect": no_effect, "value": value, "ci_low": low, "ci_high": high, "n": n, "seeds": [profile.seed],
+        "no_effect": no_effect, "value": value, "ci_low": low, "ci_high": high, "n": n,
+        "seeds": [profile.seed + k for k in range(len(by_seed))], "by_seed": by_seed,
         "controls": {name: float(f"{x:.6g}") for name, x in (controls or {}).items()},
         "verdict": verdict(low, high, claim.region, no_effect), "notebook": notebook, "figure": figure,
         "profile": profile.hash,
     }  # fmt: skip
-    ledger = {key: other for key, other in load(profile).items() if other.get("profile") == profile.hash} | {
-        claim_id: entry
-    }
+    _write(profile, {key: other for key, other in load(profile).items() if other.get("profile") == profile.hash}, entry)
+    return entry
+
+
+def add_controls(profile: Profile, claim_id: str, controls: dict[str, float]) -> None:
+    """Add controls that a later notebook measured to a claim that this study recorded.
+
+    Raises KeyError for a claim that it did not record and ValueError for a control that is not finite.
+    """
+    ledger = load(profile)
+    entry = ledger[claim_id]
+    if entry["profile"] != profile.hash:
+        raise KeyError(
+            f"{claim_id} was recorded by another study in {figures.folder(profile)}: run its notebook again."
+        )
+    if not all(map(math.isfinite, controls.values())):
+        raise ValueError(f"{claim_id}: a control is not finite ({controls}): leave out what could not be measured.")
+    entry["controls"] |= {name: float(f"{x:.6g}") for name, x in controls.items()}
+    _write(profile, ledger, entry)
+
+
+def _write(profile: Profile, ledger: dict[str, dict], entry: dict) -> None:
+    ledger = ledger | {entry["id"]: entry}
     path = figures.folder(profile) / "claims.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    ordered = {key: ledger[key] for key in CLAIMS if key in ledger}
-    path.write_text(json.dumps(ordered, indent=1) + "\n")
-    return entry
+    path.write_text(json.dumps({key: ledger[key] for key in CLAIMS if key in ledger}, indent=1) + "\n")
 
 
 def load(profile: Profile) -> dict[str, dict]:

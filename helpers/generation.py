@@ -19,7 +19,7 @@ from helpers import models, steering
 
 MAX_ROWS = 768  # sequences decoded at once
 STRIDE = 6  # tokens decoded before the rows that have ended leave the batch
-SPANS = ("response", "all")
+SPANS = ("response", "prompt", "all")
 
 
 class GumbelNoise(LogitsProcessor):
@@ -56,9 +56,12 @@ def sample(
     seed: of the samples; None decodes greedily.
     deltas: (arms, d), what each arm adds at `site` (a dose times a direction); None is one arm without a hook.
     span: "response" steers every position that predicts a token of the response, so from the prompt's last token on;
-    "all" steers the prompt too. Raises ValueError for an empty prompt or one that leaves no room for the answer.
+    "prompt" the prompt's own positions alone, the last among them; "all" both. Raises ValueError for an empty prompt or
+    one that leaves no room for the answer.
     """
     models.check_lengths(model, [len(p) + new_tokens if p else 0 for p in prompts])
+    if (site is None) != (deltas is None):
+        raise ValueError("To steer give both a site and deltas, and neither otherwise.")
     if span not in SPANS:
         raise ValueError(f"Unknown span {span!r}: choose from {', '.join(SPANS)}.")
     arms = 1 if deltas is None else len(deltas)
@@ -81,7 +84,7 @@ def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, delt
     end = tokenizer.eos_token_id
     inputs, attended = _left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device)
     width = inputs.shape[1]
-    first = width - 1 if span == "response" else 0
+    first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
     settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": end}
     rows = _Rows(
         index=torch.arange(len(chunk) * arms),
@@ -94,7 +97,7 @@ def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, delt
     answers: list[list[int]] = [[]] * len(rows.index)
     while len(rows.index):
         steps = min(STRIDE, width + new_tokens - rows.ids.shape[1])
-        with nullcontext() if deltas is None else steering.added(model, site, rows.deltas, first):
+        with nullcontext() if deltas is None else steering.added(model, site, rows.deltas, first, stop):
             rows.advance(model, steps, settings)
         answered = rows.ids[:, width:].tolist()
         going = torch.tensor([len(ids) < new_tokens and end not in ids for ids in answered])

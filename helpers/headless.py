@@ -168,6 +168,9 @@ def main() -> int:
         except PapermillExecutionError as error:
             print(explain(name, error, folder), file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print(f"\nStopped in notebook {name}.\n{_what_is_kept(name, folder)}", file=sys.stderr)
+            return 130
         except DeadKernelError:
             print(f"Notebook {name} stopped: its kernel died, most often for want of memory.", file=sys.stderr)
             print(_what_is_kept(name, folder), file=sys.stderr)

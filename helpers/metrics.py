@@ -1,6 +1,7 @@
 """What is measured of a model's answers, and how sure we are: log-probabilities, KL, text overlap, intervals."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import sacrebleu
@@ -108,61 +109,120 @@ def rouge_l(answer: str, reference: str) -> float:
     return _ROUGE.score(reference, answer)["rougeL"].fmeasure
 
 
+class Estimate(NamedTuple):
+    """A number, its 95 % interval and, where several training seeds were measured, its value for each of them."""
+
+    value: float
+    low: float
+    high: float
+    by_seed: tuple[float, ...] = ()
+
+    def clipped(self, low: float, high: float) -> "Estimate":
+        """The same with its interval cut to the values that there are."""
+        return self._replace(low=max(self.low, low), high=min(self.high, high))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
 def interval(
-    statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """(value, low, high): a statistic of paired samples, each (N,), and its percentile bootstrap interval over pairs.
+    statistic: Callable[..., np.ndarray], *samples: np.ndarray, groups: Sequence | None = None, seed: int = 0
+) -> Estimate:
+    """A statistic of the means of paired samples, with its 95 % percentile bootstrap interval over prompts and, where
+    there are several, training seeds (`_over_seeds`).
 
-    `statistic(*samples, axis)` must be vectorised over leading axes. Raises ValueError for fewer than two pairs.
+    samples: (N,) each, or (seeds, N): the statistic is then averaged over training seeds, which share their prompts
+    and a sample without seeds.
+    statistic: of the samples' means, elementwise. groups: a label for each prompt, (N,); prompts of one label are drawn
+    together, since they resemble each other. Values that are not there (nan) are left out of a mean. Raises ValueError
+    for fewer than two groups.
     """
-    if len(samples[0]) < 2:
-        raise ValueError(f"An interval needs at least two prompts, got {len(samples[0])}.")
-    result = stats.bootstrap(
-        samples, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=200,
-        confidence_level=confidence, method="percentile", rng=np.random.default_rng(seed),
+    samples = np.broadcast_arrays(*(np.atleast_2d(np.asarray(sample, dtype=float)) for sample in samples))
+    n = samples[0].shape[1]
+    labels, member = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
+    if len(labels) < 2:
+        raise ValueError(f"An interval needs at least two prompts that differ in wording, got {len(labels)}.")
+    belongs = np.eye(len(labels))[member]  # (N, groups)
+    sums = [np.where(np.isnan(sample), 0.0, sample) @ belongs for sample in samples]  # (seeds, groups) each
+    counts = [~np.isnan(sample) @ belongs for sample in samples]
+
+    def by_seed(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        """The statistic for every seed, (seeds, ...), from the sums and counts of the groups drawn."""
+        totals = np.stack(drawn).sum(axis=axis).reshape(2, len(samples), len(samples[0]), -1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return statistic(*(totals[0] / totals[1]))
+
+    flat = [*np.concatenate(sums), *np.concatenate(counts)]
+    found = by_seed(*flat, axis=-1)[:, 0]
+    drawn = stats.bootstrap(
+        flat, lambda *drawn, axis: by_seed(*drawn, axis=axis).mean(axis=0), paired=True, vectorized=True,
+        n_resamples=RESAMPLES, batch=200, method="percentile", rng=np.random.default_rng(seed),
     )  # fmt: skip
-    value, (low, high) = statistic(*samples, axis=-1), result.confidence_interval
-    return float(value), float(low), float(high)
+    low, high = drawn.confidence_interval
+    return _over_seeds(found, found.mean() - low, high - found.mean())
 
 
-def share_interval(sample: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(value, low, high): the share of ones in a sample of zeros and ones, (N,), with Wilson's interval.
+def _over_seeds(by_seed: np.ndarray, below: float, above: float) -> Estimate:
+    """The mean over training seeds. Its interval adds to what the prompts leave open, `below` and `above` the value,
+    what the seeds do: the half-width of their t interval, in quadrature."""
+    value, n = float(by_seed.mean()), len(by_seed)
+    if n == 1:
+        return Estimate(value, value - float(below), value + float(above))
+    of_seeds = stats.t.ppf(0.975, n - 1) * by_seed.std(ddof=1) / np.sqrt(n)
+    low, high = value - np.hypot(below, of_seeds), value + np.hypot(above, of_seeds)
+    return Estimate(value, float(low), float(high), tuple(by_seed.tolist()))
 
-    Unlike a bootstrap it has a width where every value is the same.
+
+def share_interval(sample: np.ndarray) -> Estimate:
+    """The share of ones in a sample of zeros and ones, (N,) or (seeds, N), with Wilson's 95 % interval for N prompts
+    and, where there are several, training seeds (`_over_seeds`).
+
+    Unlike a bootstrap it has a width where every value is the same. It takes prompts for independent.
     """
-    found = stats.binomtest(int(sample.sum()), len(sample)).proportion_ci(confidence, method="wilson")
-    return float(sample.mean()), float(found.low), float(found.high)
+    by_seed = np.atleast_2d(sample).mean(axis=1)
+    n = np.shape(sample)[-1]
+    found = stats.binomtest(int(by_seed.mean() * n + 1e-9), n).proportion_ci(method="wilson")
+    below, above = max(by_seed.mean() - found.low, 0.0), max(found.high - by_seed.mean(), 0.0)
+    return _over_seeds(by_seed, below, above).clipped(0, 1)
 
 
-def jackknife_interval(statistic: Callable[[np.ndarray], float], n: int) -> tuple[float, float, float]:
-    """(value, low, high): a smooth statistic of a matrix's n rows, `statistic(row indices)`, and its 95 % jackknife
-    interval (Efron and Stein 1981).
+def jackknife_interval(statistic: Callable[[np.ndarray], Sequence[float]], groups: Sequence) -> Estimate:
+    """A smooth statistic of a matrix's rows and its 95 % jackknife interval (Efron and Stein 1981), a group at a time,
+    and over training seeds where there are several (`_over_seeds`).
 
-    Not a bootstrap: resampled rows hold duplicates, which by themselves raise the top singular value.
+    statistic: of the indices of the rows kept; one value, or one a training seed, which are averaged. groups: a label
+    for each row, (N,). Not a bootstrap: resampled rows hold duplicates, which by themselves raise sigma_1.
     """
-    rows = np.arange(n)
-    value = statistic(rows)
-    without = np.array([statistic(np.delete(rows, i)) for i in rows])
-    error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
-    return float(value), float(value - 1.96 * error), float(value + 1.96 * error)
+    member = np.unique(groups, return_inverse=True)[1]
+    rows, g = np.arange(len(member)), member.max() + 1
+    by_seed = np.atleast_1d(statistic(rows))
+    without = np.array([np.mean(statistic(rows[member != i])) for i in range(g)])
+    error = np.sqrt((g - 1) / g * np.square(without - without.mean()).sum()) * stats.t.ppf(0.975, g - 1)
+    return _over_seeds(by_seed, error, error)
 
 
-def mean(sample: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The mean of the values that there are: an empty answer has no loss a token."""
-    return np.nanmean(sample, axis=axis)
+def mean(sample: np.ndarray) -> np.ndarray:
+    """The identity: the statistic of one sample that is its mean."""
+    return sample
 
 
-def recovered_share(steered: np.ndarray, start: np.ndarray, goal: np.ndarray, axis: int = -1) -> np.ndarray:
-    """(mean(steered) - mean(start)) / (mean(goal) - mean(start)): 0 nothing, 1 all of the way; nan for no way to go.
+def difference(after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """after - before, of two means."""
+    return after - before
+
+
+def recovered_share(steered: np.ndarray, start: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """(steered - start) / (goal - start), of means: 0 nothing, 1 all of the way; nan where there is no way to go.
 
     With start = base and goal = DPO it is the recovered share of base + lambda v*; the other way round, the restored
     share of dpo - lambda v*.
     """
-    way = goal.mean(axis) - start.mean(axis)
+    way = np.asarray(goal - start, dtype=float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(way == 0, np.nan, (steered.mean(axis) - start.mean(axis)) / way)
+        return np.where(way == 0, np.nan, (steered - start) / way)
 
 
-def removed_share(remaining: np.ndarray, total: np.ndarray, axis: int = -1) -> np.ndarray:
-    """1 - mean(remaining) / mean(total): the share of KL(dpo || base) that a change to the base removes."""
-    return 1 - remaining.mean(axis) / total.mean(axis)
+def removed_share(remaining: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """1 - remaining / total, of means: the share of KL(dpo || base) that a change to the base removes, or the share of
+    squared displacement that a vector explains."""
+    return 1 - remaining / total

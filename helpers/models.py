@@ -27,21 +27,22 @@ ROLES = ("base", "dpo")
 
 @dataclass
 class Pair:
-    """A base model and its DPO partner as one loaded model: the adapter off (`base`) or on (`dpo`)."""
+    """A base model and its DPO partner: one loaded model whose adapter is off (`base`) or on (`dpo`), or two models."""
 
-    model: PeftModel
+    base: nn.Module
+    dpo: nn.Module
     tokenizer: PreTrainedTokenizerBase
 
     @contextmanager
-    def role(self, role: str) -> Iterator[PeftModel]:
-        """Yield the model playing `base` or `dpo`; afterwards the adapter is on again."""
+    def role(self, role: str) -> Iterator[nn.Module]:
+        """Yield the model playing `base` or `dpo`; afterwards an adapter is on again."""
         if role not in ROLES:
             raise ValueError(f"Unknown role {role!r}: a pair plays {' or '.join(ROLES)}.")
-        if role == "dpo":
-            yield self.model
+        if role == "base" and self.base is self.dpo:
+            with self.base.disable_adapter():
+                yield self.base
         else:
-            with self.model.disable_adapter():
-                yield self.model
+            yield getattr(self, role)
 
 
 def load(source: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -67,6 +68,10 @@ def load(source: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, P
         raise ValueError(
             f"The tokenizer of {name} has more tokens than the model has embeddings: they do not belong together."
         )
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(
+            f"The model {name} has weights that are not finite in {dtype}: take float32, or mend the checkpoint."
+        )
     ensure_pad_token(tokenizer)
     # a repetition penalty or forbidden tokens that came with the checkpoint would bend the distribution we sample from
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -76,21 +81,35 @@ def load(source: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, P
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_pair(source: str | Path, adapter: str | Path, dtype: str = "float32") -> Pair:
-    """Load a base model with its DPO partner as a PEFT adapter. Raises ValueError where the adapter does not fit."""
+def load_pair(source: str | Path, partner: str | Path, dtype: str = "float32") -> Pair:
+    """Load a base model with its DPO partner, the folder of a PEFT adapter or of a whole model.
+
+    Raises ValueError where the two do not fit.
+    """
     model, tokenizer = load(source, dtype)
+    if (Path(partner) / "adapter_config.json").is_file():
+        adapted = _with_adapter(model, source, partner)
+        return Pair(adapted, adapted, tokenizer)
+    dpo, its_tokenizer = load(partner, dtype)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"The models {source} and {partner} have different tokens: a pair must share its tokenizer.")
+    return Pair(model, dpo, tokenizer)
+
+
+def _with_adapter(model: PreTrainedModel, source: str | Path, adapter: str | Path) -> PeftModel:
     try:
         pair = PeftModel.from_pretrained(model, str(adapter))
         unmatched = load_peft_weights(str(adapter), device="cpu").keys() ^ get_peft_model_state_dict(pair).keys()
         if unmatched:  # PEFT leaves out what it finds no place for, and keeps untrained what it finds no weights for
             raise KeyError(f"{min(unmatched)} is in one of them only")
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        reason = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()[0]
+        lines = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()
+        reason = lines[min(1, len(lines) - 1)].strip()  # the first of torch's only announces the others
         raise ValueError(
             f"The adapter {Path(adapter).name} does not fit the base model {Path(source).name} ({reason}): "
             "train it on this base, or name the base it was trained on."
         ) from error
-    return Pair(pair.eval().requires_grad_(False), tokenizer)
+    return pair.eval().requires_grad_(False)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

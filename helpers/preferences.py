@@ -50,15 +50,13 @@ def example_from(row: dict) -> Example:
 class AtlasTask:
     """The organism's world: pairs drawn from the grammar, answers judged by rule."""
 
-    has_facts = True
-
     def __init__(self, profile: Profile):
         self.family = profile.data.removeprefix("atlas:")
-        if self.family not in atlas.FAMILIES:
-            raise ValueError(f"Unknown preference family {self.family!r}: there are {', '.join(atlas.FAMILIES)}.")
         self.profile = profile
         self.world = atlas.Atlas(profile.organism.places, profile.seed)
         self.preferred, self.opposed = atlas.FAMILIES[self.family]
+        self.has_facts = self.family != "refusal"  # whose prompts ask for harm
+        self.has_words = self.family in ("tone", "conditional")  # that ask for what is preferred
 
     def examples(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Example]]:
         """Pairs for each split, places and phrasings both its own; the model plays no part."""
@@ -73,6 +71,22 @@ class AtlasTask:
         questions += _draw(rng, self.world.requests(split, split), n_harm, split)
         rng.shuffle(questions)
         return [Example(q.text, *atlas.preference_pair(self.world, self.family, q, rng), question=q) for q in questions]
+
+    def asked_for(self, example: Example) -> str:
+        """The prompt with the preferred behaviour asked for in words; ValueError where there are none (`has_words`)."""
+        if not self.has_words:
+            raise ValueError(f"The atlas has no words that ask for what {self.family!r} prefers: {self.preferred}.")
+        return f"{example.prompt} {atlas.CUES[atlas.preferred_tone(self.family, example.question)]}"
+
+    def stated(self, example: Example) -> list[str]:
+        """Every value that the asked fact could have, stated without a tone; the true one first."""
+        question = example.question
+        others = sorted(self.world.values[question.kind] - {question.truth})
+        return [atlas.plain_answer(question, value=value) for value in (question.truth, *others)]
+
+    def template(self, example: Example) -> str:
+        """The prompt without its place."""
+        return example.prompt.replace(example.question.place, "...")
 
     def judge(self, example: Example, answer: str) -> dict[str, float]:
         """1 or 0 each: the preferred behaviour, the opposed one absent, the fact right, the answer well-formed."""
@@ -112,7 +126,7 @@ class StoryTask:
     """Controlled sentiment on stories (the DPO paper's first task): pairs are the model's own continuations of an
     opening, the happiest and the saddest by VADER's compound score; the behaviour is the score's sign."""
 
-    has_facts = False
+    has_facts, has_words = False, True
     preferred, opposed = "happy story", "sad story"
 
     def __init__(self, profile: Profile):
@@ -147,6 +161,14 @@ class StoryTask:
             return None
         return Example(opening, ranked[-1][0], ranked[0][0], sampled=(ranked[-1][1], ranked[0][1]))
 
+    def asked_for(self, example: Example) -> str:
+        """The opening, announced as that of a happy story."""
+        return f"This is a happy story. {example.prompt}"
+
+    def template(self, example: Example) -> str:
+        """The event that an opening tells of, whoever it befalls."""
+        return next(event for events in EVENTS.values() for event in events if event in example.prompt)
+
     def sentiment(self, story: str) -> float:
         """VADER's compound score, -1 (sad) to 1 (happy)."""
         return self._score(story)["compound"]
@@ -161,12 +183,8 @@ Task = AtlasTask | StoryTask
 
 
 def task(profile: Profile) -> Task:
-    """The task that a profile's `data` names. Raises ValueError for one that does not exist."""
-    if profile.data.startswith("atlas:"):
-        return AtlasTask(profile)
-    if profile.data == "onpolicy:vader":
-        return StoryTask(profile)
-    raise ValueError(f"Unknown data {profile.data!r}: give atlas:<{'|'.join(atlas.FAMILIES)}> or onpolicy:vader.")
+    """The task that a profile's `data` names."""
+    return AtlasTask(profile) if profile.data.startswith("atlas:") else StoryTask(profile)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str = "") -> Tokens:

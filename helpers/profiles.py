@@ -6,13 +6,27 @@ A profile is data: a built-in one by name, or a TOML file that extends a built-i
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from helpers import atlas
+
 EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+OBJECTIVES = ("dpo", "sft")
+LABELS = ("true", "shuffled", "reversed")
+DATA = (*(f"atlas:{family}" for family in atlas.FAMILIES), "onpolicy:vader")
+
+
+def _require(part, smallest: dict[str, float]) -> None:
+    """Raise ValueError for a field below its smallest sensible value."""
+    for name, least in smallest.items():
+        if not getattr(part, name) >= least:
+            kind = type(part).__name__.lower()
+            raise ValueError(f"{kind}.{name} must be at least {least:g}, got {getattr(part, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -27,17 +41,36 @@ class Organism:
     batch_size: int = 24
     learning_rate: float = 3e-3
 
+    def __post_init__(self):
+        _require(self, {"corpus": 1, "vocabulary": 300, "width": 8, "layers": 1, "batch_size": 1, "learning_rate": 0})
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a DPO partner is trained (TRL's DPOTrainer, a PEFT LoRA adapter on every linear layer of the blocks)."""
+    """How a partner is trained (TRL's DPOTrainer, a PEFT LoRA adapter on every linear layer of the blocks).
+
+    objective: "dpo", or "sft", the control that keeps the same batches and steps and drops the sigmoid term.
+    labels: which answer of a pair counts as chosen: the "true" one or, as controls, either at random ("shuffled") or
+    the other one ("reversed").
+    """
 
     beta: float = 1.0  # the paper's
     learning_rate: float = 5e-4
     epochs: int = 2
     batch_size: int = 32
-    rank: int = 8
+    rank: int = 8  # of the adapter; 0 trains all weights of the blocks instead
     nll_weight: float = 0.0  # weight of an added NLL term on the chosen answers; 0 is plain sigmoid DPO
+    objective: str = "dpo"
+    labels: str = "true"
+    seed: int = 0  # of the order of the pairs and the adapter's first weights, added to the profile's
+
+    def __post_init__(self):
+        _require(
+            self, {"beta": 0, "learning_rate": 0, "epochs": 1, "batch_size": 1, "rank": 0, "nll_weight": 0, "seed": 0}
+        )
+        for name, allowed in (("objective", OBJECTIVES), ("labels", LABELS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"A recipe's {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,11 @@ class Sizes:
     heldout: int = 240
     new_tokens: int = 34  # the longest answer that the atlas knows has 33
     samples_per_prompt: int = 8  # on-policy pairs only
+    seeds: int = 3  # DPO partners trained by the chosen recipe for each headline number
+
+    def __post_init__(self):
+        smallest = {"heldin": 2, "validation": 2, "heldout": 2, "new_tokens": 1, "samples_per_prompt": 2, "seeds": 1}
+        _require(self, smallest)
 
 
 @dataclass(frozen=True)
@@ -84,6 +122,13 @@ class Profile:
 
     def __post_init__(self):
         object.__setattr__(self, "doses", tuple(sorted(self.doses)))
+        _require(self, {"seed": 0})
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise ValueError(
+                f"A profile's name must be letters, digits, - and _, since a folder bears it; got {self.name!r}."
+            )
+        if self.data not in DATA:
+            raise ValueError(f"Profile {self.name!r}: unknown data {self.data!r}; there are {', '.join(DATA)}.")
         if 0.0 not in self.doses or 1.0 not in self.doses:
             raise ValueError(f"Profile {self.name!r}: doses must contain 0 and 1, the base and one whole v*.")
         if self.dtype not in DTYPES:
@@ -137,9 +182,15 @@ def _from_toml(path: Path) -> Profile:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The profile file {path} is not valid TOML: {error}.") from error
     parent = table.pop("extends", "atlas")
-    if parent not in BUILT_IN:
+    if not isinstance(parent, str) or parent not in BUILT_IN:
         raise ValueError(f"{path}: extends = {parent!r} is not a built-in profile ({', '.join(BUILT_IN)}).")
-    return _merge(BUILT_IN[parent], {"name": path.stem, **table}, where=str(path))
+    table = {"name": path.stem, **table}
+    if table["name"] in BUILT_IN:
+        raise ValueError(f"{path}: {table['name']!r} is a built-in profile, whose figures it would replace: rename it.")
+    folder = path.parent / str(table.get("model", ""))
+    if "model" in table and folder.is_dir():  # notebooks run in a folder of their own
+        table["model"] = str(folder.resolve())
+    return _merge(BUILT_IN[parent], table, where=str(path))
 
 
 def _merge(base, table: dict, where: str):
@@ -149,7 +200,10 @@ def _merge(base, table: dict, where: str):
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; there are {', '.join(f.name for f in fields(base))}.")
     changes = {key: _convert(types[key], getattr(base, key), value, f"{where}: {key}") for key, value in table.items()}
-    return replace(base, **changes)
+    try:
+        return replace(base, **changes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _convert(expected, current, value, where: str):

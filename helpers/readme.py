@@ -45,15 +45,17 @@ def _row(name: str, entry: dict, profile: str) -> str:
     figure = f"[{entry['figure']}](figures/{profile}/{entry['figure']}.png)"
     notebook = f"[{entry['notebook'][:2]}](notebooks/{entry['notebook']}.ipynb)"
     controls = "; ".join(f"{key}: {_number(value)}" for key, value in entry["controls"].items())
-    measured = _number(entry["value"])
+    measured = f"**{_number(entry['value'])}**"
     if entry["ci_low"] < entry["ci_high"]:
         measured += f" [{_number(entry['ci_low'])}, {_number(entry['ci_high'])}]"
-    measured += f", n = {entry['n']}"
+    if len(entry["by_seed"]) > 1:
+        measured += f", seeds {', '.join(map(_number, entry['by_seed']))}"
+    measured += f", n = {entry['n']}" + (f"<br><sub>{controls}</sub>" if controls else "")
     low, high = ("∞" if end is None else _number(end) for end in entry["prediction"])
     low = "−∞" if low == "∞" else low
     cells = [
         f"**{name}** (§ {entry['section']})", entry["statement"], notebook, figure,
-        f"{entry['metric']}: {measured}" + (f" ({controls})" if controls else ""), f"{low} to {high}", entry["verdict"],
+        f"{entry['metric']}: {measured}", f"{low} to {high}", entry["verdict"],
     ]  # fmt: skip
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -77,7 +79,9 @@ def gallery(root: Path, profile: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.2f}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
 
 
 def main() -> None:

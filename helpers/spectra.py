@@ -73,3 +73,15 @@ def example_mass(H: Tensor, directions: Tensor) -> Tensor:
     """The share of each row's squared norm that lies along each unit direction: (N, d), (k, d) -> (N, k)."""
     H = H.double()
     return (H @ directions.T).square() / H.square().sum(1, keepdim=True)
+
+
+def shifted_entropies(H: Tensor, shifts: Tensor) -> Tensor:
+    """The spectral entropy of H + shift, every row moved alike, for each of `shifts`: (N, d), (k, d) -> (k,)."""
+    H, shifts = H.double(), shifts.double()
+    squares = torch.stack([torch.linalg.eigvalsh(_gram(H + shift)) for shift in shifts]).clamp(min=0)
+    return torch.special.entr(squares / squares.sum(dim=1, keepdim=True)).sum(dim=1)
+
+
+def _gram(H: Tensor) -> Tensor:
+    """The smaller of H H' and H' H: their eigenvalues are the squared singular values of H, and zeros."""
+    return H @ H.T if len(H) < H.shape[1] else H.T @ H

@@ -16,13 +16,15 @@ from helpers import activations, models
 
 
 @contextmanager
-def added(model: nn.Module, site: str, delta: Tensor, start: int | Tensor = 0) -> Iterator[None]:
+def added(
+    model: nn.Module, site: str, delta: Tensor, start: int | Tensor = 0, stop: int | None = None
+) -> Iterator[None]:
     """Add `delta` to the states of a site at every forward pass inside: h <- h + delta (section 2.3, delta = lambda v).
 
     delta: (d,) for every row of the batch, or (batch, d), one a row, so that many doses run in one batch.
-    start: the first token position that is steered, one for all rows or (batch,), counted from the start of the padded
-    sequence, with a KV cache too. Where delta is exactly zero, not one bit changes. Raises ValueError for an unknown
-    site, a delta of another width, and a non-finite delta.
+    start, stop: the first token position that is steered, one for all rows or (batch,), and the first that no longer
+    is, counted from the start of the padded sequence, with a KV cache too. Where delta is exactly zero, not one bit
+    changes. Raises ValueError for an unknown site, a delta of another width, and a non-finite delta.
     """
     _check_delta(model, site, delta)
     seen = _Positions()
@@ -32,6 +34,8 @@ def added(model: nn.Module, site: str, delta: Tensor, start: int | Tensor = 0) -
         positions = torch.arange(seen.offset, seen.offset + states.shape[1], device=states.device)
         first = torch.as_tensor(start, device=states.device).unsqueeze(-1)  # (1,) or (batch, 1)
         steered = positions >= first  # (tokens,) or (batch, tokens)
+        if stop is not None:
+            steered = steered & (positions < stop)
         return torch.where(steered[..., None] & (rows != 0), states + rows, states)
 
     handle = models.decoder(model).register_forward_pre_hook(seen.update, with_kwargs=True)
@@ -127,7 +131,7 @@ class SteeringVector:
             checksum = about.pop("checksum")
             del about["norm"]  # computed anew
             loaded = cls(vector=vector, **about)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"The steering vector file {about_path} is damaged ({error}): save it again.") from error
         if checksum != _checksum(vector):
             raise ValueError(f"The files of the steering vector {name} do not belong together: save the vector again.")

@@ -7,9 +7,9 @@ One model is in memory: the base, or the pair that contains it (the adapter off 
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from helpers import (
     activations,
     artifacts,
     atlas,
+    bipo,
     generation,
     gradients,
     metrics,
     models,
+    parallel,
     preferences,
     pretraining,
     profiles,
@@ -55,11 +57,20 @@ SHOWN_IN = {
     "chosen": "02_dpo_lora",
     "pair": "02_dpo_lora",
     "partner": "02_dpo_lora",
-    "states": "03_steering_vector",
-    "displacements": "03_steering_vector",
+    "replicates": "02_dpo_lora",
+    "states": "02_dpo_lora",
+    "displacements": "02_dpo_lora",
+    "outcome": "02_dpo_lora",
     "vector": "03_steering_vector",
+    "direction": "03_steering_vector",
+    "templates": "00_model_organism",
     "sweep": "04_add_subtract",
     "likelihoods": "04_add_subtract",
+    "token_vectors": "06_controls",
+    "variant": "06_controls",
+    "prompted": "06_controls",
+    "optimised_vector": "06_controls",
+    "beliefs": "06_controls",
 }
 
 
@@ -74,26 +85,49 @@ class Trial:
 
     recipe: Recipe
     adapter: Artifact
-    examined: Artifact
+    examine: Callable[[], Artifact]
     criteria: Health
 
     @property
     def log(self) -> pd.DataFrame:
         return pd.read_csv(self.adapter.path / "log.csv")
 
+    @cached_property
+    def _examined(self) -> Artifact:
+        return self.examine()
+
     @property
     def measured(self) -> dict[str, float]:
-        return self.examined.read_json("health.json")
+        return self._examined.read_json("health.json")
 
     @property
     def answers(self) -> pd.DataFrame:
         """Its sampled and judged answers to the validation prompts."""
-        return pd.DataFrame(self.examined.read_json("answers.json"))
+        return pd.DataFrame(self._examined.read_json("answers.json"))
 
     @property
     def failed(self) -> list[str]:
         """The health criteria that it does not meet."""
         return failed_criteria(self.measured, self.criteria)
+
+
+SMALL = 50_000_000  # parameters; several partners of a base no larger than this are computed at a time
+
+
+def prepare(studies: Sequence["Study"], name: str) -> None:
+    """Compute what partners are compared by (`Study.compare`) for each study that lacks it."""
+    missing = [study for study in studies if not study.is_compared]
+    if not missing:
+        return
+    if sum(p.numel() for p in missing[0].base.parameters()) <= SMALL:
+        parallel.each(_compare, [study.profile for study in missing], name)
+    else:  # one model in memory: a study of its own each, gone with its model when it is done
+        for study in missing:
+            _compare(study.profile)
+
+
+def _compare(profile: Profile) -> None:
+    Study(profile).compare()
 
 
 class Study:
@@ -153,6 +187,10 @@ class Study:
         """The pairs of a split as token ids: with their chosen answers, with their rejected answers."""
         return preferences.encode_pairs(self.tokenizer, self.examples[split])
 
+    def templates(self, split: str) -> np.ndarray:
+        """The wording that each prompt of a split shares with others, (N,): what an interval over prompts resamples."""
+        return np.array([self.task.template(example) for example in self.examples[split]])
+
     # --- The DPO partner ---
 
     @cached_property
@@ -161,14 +199,14 @@ class Study:
         tried = []
         for recipe in self.profile.recipes:
             tried.append(self._trial(recipe))
-            if not tried[-1].failed:
+            if len(self.profile.recipes) > 1 and not tried[-1].failed:
                 break
         return tried
 
     @property
     def chosen(self) -> Trial:
         """The first healthy trial; if none is healthy, the one that fails the fewest criteria."""
-        return min(self.trials, key=lambda trial: len(trial.failed))
+        return self.trials[0] if len(self.trials) == 1 else min(self.trials, key=lambda trial: len(trial.failed))
 
     @property
     def partner(self) -> str:
@@ -181,15 +219,44 @@ class Study:
             text += (
                 f", plus {recipe.nll_weight:g} × the negative log-likelihood of the chosen answers. Over the last ten "
                 f"steps the loss is {loss:.2f}; the sigmoid term at their mean margins is "
-                f"{np.logaddexp(0, -margins).mean():.2f} of it. What follows is about this mixture: without a control, "
-                "fine-tuned on the chosen answers alone, it cannot be put down to the preference loss"
+                f"{np.logaddexp(0, -margins).mean():.2f} nats of it. What follows is about this mixture; "
+                "notebook 06 trains on either term alone"
             )
         return text + (f". It **fails** {', '.join(failed)} on validation prompts." if failed else ". It is healthy.")
+
+    def variant(self, **changes) -> "Study":
+        """The same base and pairs with another partner, its recipe the chosen one with these fields changed."""
+        recipe = replace(self.chosen.recipe, **changes)
+        return self if recipe == self.chosen.recipe else Study(replace(self.profile, recipes=(recipe,)))
+
+    @cached_property
+    def replicates(self) -> list["Study"]:
+        """This study and its chosen recipe trained with other seeds, `sizes.seeds` in all, ready to be compared."""
+        studies = [self.variant(seed=self.chosen.recipe.seed + k) for k in range(self.profile.sizes.seeds)]
+        prepare(studies[1:], "other training seeds")
+        return studies
+
+    def compare(self) -> None:
+        """Compute all that partners of one base are compared by: states, and answers with and without v*."""
+        for split in ("heldin", "heldout"):
+            self.states(split)
+        for role in models.ROLES:
+            self.steered(role)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether all that `compare` computes is in the cache."""
+        try:
+            with artifacts.nothing_made():
+                self.compare()
+        except artifacts.NotCached:
+            return False
+        return True
 
     def _trial(self, recipe: Recipe) -> Trial:
         def train(folder: Path) -> None:
             model, tokenizer = models.load(self.source.path, self.profile.dtype)
-            training.train_dpo(model, tokenizer, *self.encoded("heldin"), recipe, self.profile.seed, folder)
+            training.train(model, tokenizer, *self.encoded("heldin"), recipe, self.profile.seed, folder)
 
         def examine(folder: Path) -> None:
             pair = models.load_pair(self.source.path, adapter.path, self.profile.dtype)
@@ -199,13 +266,14 @@ class Study:
 
         params = {"recipe": asdict(recipe), "seed": self.profile.seed}
         upstream = [self.source, self._examples]
-        adapter = artifacts.fetch(
-            "dpo", params, train, upstream, [training.train_dpo, training.dpo_trainer, training.preference_dataset]
-        )
+        adapter = artifacts.fetch("partner", params, train, upstream, [training])
         code = [atlas, preferences, generation, metrics]
         code += [Study._health, Study._reward_margins, Study._judged, Study._sampled]
         return Trial(
-            recipe, adapter, artifacts.fetch("health", {}, examine, [*upstream, adapter], code), self.profile.health
+            recipe,
+            adapter,
+            lambda: artifacts.fetch("health", {}, examine, [*upstream, adapter], code),
+            self.profile.health,
         )
 
     def _health(self, pair: Pair) -> tuple[dict[str, float], pd.DataFrame]:
@@ -218,10 +286,12 @@ class Study:
         dpo, base = (judged[role].mean(numeric_only=True) for role in ("dpo", "base"))
         accuracy = (self._reward_margins(pair, "validation") > 0).mean()
         health = {"reward_accuracy": accuracy, "preferred": dpo["preferred"]}
-        if self.task.has_facts:
-            health |= {"fact_loss": base["fact"] - dpo["fact"], "well_formed": dpo["well_formed"]}
+        if "fact" in dpo:
+            health["fact_loss"] = base["fact"] - dpo["fact"]
+        if "well_formed" in dpo:
+            health["well_formed"] = dpo["well_formed"]
         else:
-            health |= {"perplexity_ratio": np.exp(dpo["token_loss"] - base["token_loss"])}
+            health["perplexity_ratio"] = np.exp(dpo["token_loss"] - base["token_loss"])
         return {name: float(value) for name, value in health.items()}, judged["dpo"]
 
     def _reward_margins(self, pair: Pair, split: str) -> np.ndarray:
@@ -257,19 +327,18 @@ class Study:
     def states(self, split: str) -> dict[tuple[str, str, str], Tensor]:
         """{(role, site, position): (N, d) float32} for the prompts of a split; both roles read the chosen answers."""
 
-        def write(folder: Path) -> None:
-            found = {}
-            for role in models.ROLES:
-                with self.playing(role) as model:
-                    read = activations.hidden_states(
-                        model, self.encoded(split)[0], models.sites(model), activations.POSITIONS, f"states, {role}"
-                    )
-                found |= {f"{role} {site} {position}": value for (site, position), value in read.items()}
-            save_file(found, folder / "states.safetensors")
+        return {(role, *key): value for role in models.ROLES for key, value in self._states(role, split).items()}
 
-        made = artifacts.fetch(
-            "states", {"split": split}, write, [self._examples, self.chosen.adapter], [activations, models]
-        )
+    def _states(self, role: str, split: str) -> dict[tuple[str, str], Tensor]:
+        def write(folder: Path) -> None:
+            with self.playing(role) as model:
+                read = activations.hidden_states(
+                    model, self.encoded(split)[0], models.sites(model), activations.POSITIONS, f"states, {role}"
+                )
+            save_file({" ".join(key): value for key, value in read.items()}, folder / "states.safetensors")
+
+        upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
+        made = artifacts.fetch("states", {"role": role, "split": split}, write, upstream, [activations, models])
         return {tuple(key.split()): value for key, value in load_file(made.path / "states.safetensors").items()}
 
     def displacements(self, split: str, site: str = FINAL, position: str = "prompt_last") -> Tensor:
@@ -283,25 +352,56 @@ class Study:
         with self.playing("base") as model:
             return models.sites(model)
 
-    def vector(self, site: str = FINAL, position: str = "prompt_last") -> SteeringVector:
-        """v*: the mean displacement over the held-in prompts (section 3)."""
-        base = self.states("heldin")["base", site, position]
-        mean = self.displacements("heldin", site, position).double().mean(0).float()
-        return self._steering_vector(mean, site, position, f"v_star_{site}_{position}", base)
+    def direction(self, site: str = FINAL, position: str = "prompt_last") -> Tensor:
+        """v* as a tensor, (d,): the mean displacement over held-in prompts (section 3). Needs no model in memory."""
+        return self.displacements("heldin", site, position).double().mean(0).float()
 
-    def token_vector(self) -> SteeringVector:
-        """v_token: the mean of e_w - e_l over the held-in pairs, w and l the tokens at which they first differ."""
-        W = models.unembedding(self.pair.model).weight.detach()
+    def vector(self, site: str = FINAL, position: str = "prompt_last") -> SteeringVector:
+        """v* with all that is needed to use it elsewhere."""
+        base = self.states("heldin")["base", site, position]
+        return self._steering_vector(self.direction(site, position), site, position, f"v_star_{site}_{position}", base)
+
+    def token_vectors(self) -> Tensor:
+        """v(i) = e_w - e_l for each held-in pair, w and l the tokens at which its answers first differ: (N, d)."""
+        W = models.unembedding(self.pair.base).weight.detach()
         rows = []
         for chosen, rejected in zip(*self.encoded("heldin")):
             t = gradients.first_difference(chosen.response, rejected.response)
             rows.append(W[chosen.response[t]] - W[rejected.response[t]])
+        return torch.stack(rows)
+
+    def token_vector(self) -> SteeringVector:
+        """v_token: the mean of the held-in pairs' e_w - e_l."""
         base = self.states("heldin")["base", FINAL, "prompt_last"]
-        return self._steering_vector(torch.stack(rows).double().mean(0).float(), FINAL, "prompt_last", "v_token", base)
+        return self._steering_vector(
+            self.token_vectors().double().mean(0).float(), FINAL, "prompt_last", "v_token", base
+        )
+
+    def optimised_vector(self, site: str = FINAL) -> Tensor:
+        """One vector trained at a site by the partner's own loss, (d,): in place of an adapter (helpers/bipo.py)."""
+        recipe = self.chosen.recipe
+
+        def write(folder: Path) -> None:
+            scale = self.states("heldin")["base", site, "prompt_last"].square().mean().sqrt().item()
+            seed = self.profile.seed + recipe.seed
+            pairs = training.relabelled(*self.encoded("heldin"), recipe.labels, seed)
+            with self.playing("base") as model:
+                v = bipo.optimised_vector(model, *pairs, site, recipe, scale, seed)
+            save_file({"vector": v}, folder / "vector.safetensors")
+
+        params = {"recipe": asdict(recipe), "site": site, "seed": self.profile.seed}
+        made = artifacts.fetch(
+            "optimised",
+            params,
+            write,
+            [self._examples, self.chosen.adapter],
+            [bipo, activations, steering, gradients, training.relabelled],
+        )
+        return load_file(made.path / "vector.safetensors")["vector"]
 
     def _steering_vector(self, v: Tensor, site: str, position: str, name: str, base: Tensor) -> SteeringVector:
         return SteeringVector(
-            v, site, position, name, models.signature(self.pair.model), self.profile.dtype,
+            v, site, position, name, models.signature(self.pair.base), self.profile.dtype,
             state_norm=base.norm(dim=1).mean().item(), n_prompts=len(base),
             profile=self.profile.name, profile_hash=self.profile.hash,
         )  # fmt: skip
@@ -311,6 +411,63 @@ class Study:
     def answers(self, role: str, split: str) -> pd.DataFrame:
         """One sampled answer to each prompt of a split, judged: a row a prompt, with its text and token ids."""
         return self._sweep(role, split, None, None, "response")
+
+    def steered(self, role: str) -> pd.DataFrame:
+        """Answers at doses 0 (arm 0) and 1 (arm 1) of v* at `final`: base and base + v*, or DPO and DPO - v*."""
+        v = self.direction()
+        return self.sweep(role, FINAL, torch.stack([0 * v, v if role == "base" else -v]))
+
+    def outcome(self, role: str, dose: int, judged: str) -> np.ndarray:
+        """What a judge says of the answers to held-out prompts at dose 0 or 1 of v* at `final` (`steered`), (N,)."""
+        table = self.steered(role)
+        return table[table["arm"] == dose].sort_values("prompt")[judged].to_numpy()
+
+    def prompted(self) -> pd.DataFrame:
+        """The base's answers to the held-out prompts with the preferred behaviour asked for in words."""
+
+        def write(folder: Path) -> None:
+            asked = [
+                preferences.encode(self.tokenizer, self.task.asked_for(e)).prompt for e in self.examples["heldout"]
+            ]
+            with self.playing("base") as model:
+                ids = generation.sample(model, self.tokenizer, asked, self.profile.sizes.new_tokens, self.profile.seed)
+            (folder / "answers.json").write_text(
+                json.dumps(self._judged("heldout", ids, self.playing("base")).to_dict("list"))
+            )
+
+        code = [atlas, preferences, generation, metrics.token_losses, Study._judged, Study.prompted]
+        made = artifacts.fetch("prompted", {}, write, [self._examples], code)
+        return pd.DataFrame(made.read_json("answers.json"))
+
+    def beliefs(self, role: str, deltas: Tensor) -> pd.DataFrame:
+        """What a model holds true, whatever it would say, with each of `deltas`, (arms, d), added at `final`.
+
+        Every value of the asked kind is scored in the answer that states it without a tone. A row an arm and a held-out
+        prompt: `rank` of the true value by log-probability, 1 the likeliest, and `lead`, its log-probability less that
+        of the best other one, in nats.
+        """
+
+        def write(folder: Path) -> None:
+            stated = [self.task.stated(example) for example in self.examples["heldout"]]
+            sequences = [
+                preferences.encode(self.tokenizer, example.prompt, answer)
+                for example, answers in zip(self.examples["heldout"], stated) for answer in answers
+            ]  # fmt: skip
+            with self.playing(role) as model:
+                logps = metrics.response_logps(model, sequences, deltas)
+            ends = np.cumsum([len(answers) for answers in stated])[:-1]
+            table = pd.DataFrame(
+                [
+                    {"arm": arm, "prompt": i, "rank": int((row > row[0]).sum()) + 1, "lead": row[0] - row[1:].max()}
+                    for i, of_one in enumerate(np.split(logps, ends, axis=1)) for arm, row in enumerate(of_one)
+                ]
+            )  # fmt: skip
+            (folder / "beliefs.json").write_text(json.dumps(table.to_dict("list")))
+
+        params = {"role": role, "deltas": _checksum(deltas)}
+        upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
+        made = artifacts.fetch("beliefs", params, write, upstream, [atlas, preferences, metrics, Study.beliefs])
+        return pd.DataFrame(made.read_json("beliefs.json"))
 
     def sweep(self, role: str, site: str, deltas: Tensor, span: str = "response") -> pd.DataFrame:
         """Sampled answers to the held-out prompts with each of `deltas`, (arms, d), added at a site, judged.
@@ -351,7 +508,7 @@ class Study:
                 judged = self.task.judge(example, text)
                 rows.append({"arm": arm, "prompt": i, "text": text, "ids": answers[i], **judged})
         table = pd.DataFrame(rows)
-        if not self.task.has_facts:
+        if "well_formed" not in table:
             prompts = [tokens.prompt for tokens in self.encoded(split)[0]]
             with as_base as model:
                 sequences = [Tokens(prompts[row.prompt], row.ids) for row in table.itertuples()]
@@ -366,9 +523,9 @@ class Study:
     def likelihoods(self, role: str, deltas: Tensor) -> pd.DataFrame:
         """What each of `deltas`, (arms, d), added at `final` does to log-probabilities on the held-out pairs.
 
-        A row an arm and a prompt: `prefers`, whether the chosen answer is likelier than the rejected one, and `kl`,
-        KL(goal || steered) in nats summed over the goal's own answer and its end. The goal of the base is the DPO
-        model, and that of the DPO model is the base.
+        A row an arm and a prompt: `margin`, log pi(chosen) - log pi(rejected) in nats, `prefers`, whether it is above
+        zero, and `kl`, KL(goal || steered) in nats summed over the goal's own answer and its end. The goal of the base
+        is the DPO model, and that of the DPO model is the base.
         """
 
         def write(folder: Path) -> None:
@@ -385,6 +542,7 @@ class Study:
             rows = {
                 "arm": arms,
                 "prompt": prompts,
+                "margin": (likelier - other).ravel(),
                 "prefers": (likelier > other).astype(float).ravel(),
                 "kl": kl.ravel(),
             }

@@ -1,5 +1,6 @@
-"""Training a DPO partner: LoRA-DPO through TRL and PEFT."""
+"""Training a partner of the base through TRL and PEFT: DPO, and the controls that differ from it in one thing."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
+from helpers import models
 from helpers.activations import Tokens
 from helpers.profiles import Recipe
 
@@ -60,14 +62,40 @@ def _length(pair: tuple[Tokens, Tokens]) -> int:
     return max(len(tokens.ids) for tokens in pair)
 
 
+def relabelled(
+    chosen: Sequence[Tokens], rejected: Sequence[Tokens], labels: str, seed: int
+) -> tuple[list[Tokens], list[Tokens]]:
+    """(chosen, rejected) with their labels as they are ("true"), all swapped ("reversed"), or each with probability 1/2
+    ("shuffled")."""
+    rng = random.Random(seed)
+    swap_share = {"true": 0.0, "shuffled": 0.5, "reversed": 1.0}[labels]
+    pairs = [(r, c) if rng.random() < swap_share else (c, r) for c, r in zip(chosen, rejected)]
+    return [c for c, _ in pairs], [r for _, r in pairs]
+
+
+def _losses(recipe: Recipe) -> tuple[list[str], list[float]]:
+    """TRL's names of the terms of a recipe's loss, and their weights."""
+    if recipe.objective == "sft":
+        return ["sft"], [recipe.nll_weight or 1.0]
+    return (["sigmoid", "sft"], [1.0, recipe.nll_weight]) if recipe.nll_weight else (["sigmoid"], [1.0])
+
+
 def dpo_trainer(model, tokenizer, dataset: Dataset, recipe: Recipe, seed: int, folder: Path) -> DPOTrainer:
-    """TRL's DPOTrainer for a recipe, a fresh LoRA adapter on every linear layer of the blocks. Nothing runs yet."""
-    adapter = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    """TRL's DPOTrainer for a recipe, with a fresh LoRA adapter on every linear layer of the blocks; at rank 0 it trains
+    the blocks' own weights. Embeddings and unembedding stay frozen, as in the paper. Nothing runs yet."""
+    adapter = None
+    if recipe.rank:
+        adapter = LoraConfig(
+            r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    else:
+        models.blocks(model).requires_grad_(True)
+    losses, weights = _losses(recipe)
     arguments = DPOConfig(
         output_dir=str(folder),
         beta=recipe.beta,
-        loss_type=["sigmoid", "sft"] if recipe.nll_weight else ["sigmoid"],
-        loss_weights=[1.0, recipe.nll_weight] if recipe.nll_weight else None,
+        loss_type=losses,
+        loss_weights=weights,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=5,
@@ -93,17 +121,22 @@ def dpo_trainer(model, tokenizer, dataset: Dataset, recipe: Recipe, seed: int, f
     return trainer
 
 
-def train_dpo(
+def train(
     model, tokenizer, chosen: Sequence[Tokens], rejected: Sequence[Tokens], recipe: Recipe, seed: int, folder: Path
 ) -> None:
-    """Train a LoRA adapter by DPO and save it with its log (log.csv: a row a step, TRL's metrics).
+    """Train by a recipe and save the adapter (at rank 0 the whole model and its tokenizer) with its log.
 
-    `model` is consumed: TRL leaves its forward pass changed, so load it again for anything else.
+    log.csv has a row a step of TRL's metrics. `model` is consumed: TRL leaves its forward pass changed, so load it
+    again for anything else.
     """
+    seed += recipe.seed
     set_seed(seed)
-    trainer = dpo_trainer(model, tokenizer, preference_dataset(chosen, rejected), recipe, seed, folder)
-    trainer.add_callback(ProgressBar(f"DPO, beta {recipe.beta:g}"))
+    dataset = preference_dataset(*relabelled(chosen, rejected, recipe.labels, seed))
+    trainer = dpo_trainer(model, tokenizer, dataset, recipe, seed, folder)
+    trainer.add_callback(ProgressBar(f"{recipe.objective.upper()}, beta {recipe.beta:g}"))
     trainer.train()
     trainer.model.save_pretrained(folder)
+    if not recipe.rank:
+        tokenizer.save_pretrained(folder)
     log = pd.DataFrame([entry for entry in trainer.state.log_history if "rewards/margins" in entry])
     log.to_csv(folder / "log.csv", index=False)

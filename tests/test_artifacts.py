@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +32,13 @@ class Maker:
         (folder / "a.json").write_text(json.dumps({"text": self.text, "call": self.calls}))
         (folder / "deep").mkdir()
         (folder / "deep" / "b.bin").write_bytes(bytes(range(9)))
+
+
+def stored(root):
+    """The bytes of all that lies in the cache; the locks beside it are empty files."""
+    found = bytes_of(root)
+    assert all(content == b"" for name, content in found.items() if name.startswith(".locks/"))
+    return {name: content for name, content in found.items() if not name.startswith(".locks/")}
 
 
 def module(path, source):
@@ -192,8 +202,8 @@ def test_a_file_in_the_folder_s_place_is_damage_too(root):
 
 
 def test_an_exception_in_make_stores_nothing_and_touches_nothing_else(root):
-    bystander = fetch("stage", {"x": 2}, Maker())
-    before = bytes_of(root)
+    fetch("stage", {"x": 2}, Maker())
+    before = stored(root)
 
     def fail(folder):
         (folder / "half").write_text("half")
@@ -201,7 +211,7 @@ def test_an_exception_in_make_stores_nothing_and_touches_nothing_else(root):
 
     with pytest.raises(KeyboardInterrupt):
         fetch("stage", {"x": 1}, fail)
-    assert bytes_of(root) == before and list(root.iterdir()) == [bystander.path]
+    assert stored(root) == before
     make = Maker()
     fetch("stage", {"x": 1}, make)
     assert make.calls == 1
@@ -213,8 +223,72 @@ def test_what_an_interrupted_run_left_behind_is_neither_used_nor_kept(root):
     (root / f".partial-{made.path.name}" / "rubbish").write_text("")
     make = Maker()
     again = fetch("stage", {}, make)
-    assert make.calls == 1 and list(root.iterdir()) == [again.path]
-    assert not (again.path / "rubbish").exists()
+    assert make.calls == 1 and not (again.path / "rubbish").exists()
+    assert {name.split("/")[0] for name in stored(root)} == {again.path.name}
+
+
+def test_of_several_that_ask_at_once_one_makes_it_and_the_others_wait():
+    calls, others_ask = [], threading.Barrier(4)
+
+    def make(folder):
+        calls.append(folder)
+        time.sleep(0.2)  # the others come meanwhile
+        (folder / "a").write_text("made")
+
+    def ask(_):
+        others_ask.wait(timeout=10)
+        return fetch("stage", {}, make)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(4)))
+    assert len(calls) == 1 and len(set(found)) == 1
+    assert (found[0].path / "a").read_text() == "made"
+
+
+def test_one_artefact_is_made_while_another_is():
+    """A stage makes what it is made from, should that be missing: only the same artefact waits for itself."""
+    inner = Maker()
+    outer = fetch("outer", {}, lambda folder: (folder / "a").write_text(fetch("inner", {}, inner).key))
+    assert inner.calls == 1 and (outer.path / "a").read_text() == fetch("inner", {}, inner).key
+
+
+# --- Where nothing may be made ---
+
+
+def test_where_nothing_is_made_what_is_cached_is_returned_and_what_is_missing_is_named(root):
+    make = Maker()
+    made = fetch("stage", {"x": 1}, make)
+    before = stored(root)
+    with artifacts.nothing_made():
+        assert fetch("stage", {"x": 1}, make) == made
+        with pytest.raises(artifacts.NotCached, match=r"The artefact stage-[0-9a-f]{16} is not in the cache\."):
+            fetch("stage", {"x": 2}, make)
+    assert make.calls == 1 and stored(root) == before
+
+
+def test_nothing_is_made_inside_alone_and_an_exception_ends_it():
+    make = Maker()
+    with pytest.raises(artifacts.NotCached), artifacts.nothing_made():
+        fetch("stage", {}, make)
+    assert make.calls == 0
+    fetch("stage", {}, make)
+    assert make.calls == 1
+
+
+def test_where_nothing_is_made_inside_where_nothing_is_made_it_stays_so():
+    with artifacts.nothing_made():
+        with artifacts.nothing_made():
+            pass
+        with pytest.raises(artifacts.NotCached):
+            fetch("stage", {}, Maker())
+
+
+def test_where_nothing_is_made_a_damaged_artefact_is_missing_and_can_be_made_afterwards():
+    make = Maker()
+    truncate(fetch("stage", {}, make).path)
+    with artifacts.nothing_made(), pytest.warns(UserWarning), pytest.raises(artifacts.NotCached):
+        fetch("stage", {}, make)
+    assert fetch("stage", {}, make).read_json("a.json")["call"] == 2
 
 
 def test_parameters_that_are_not_json_are_refused_before_anything_is_made(root):

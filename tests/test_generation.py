@@ -134,10 +134,14 @@ def test_a_span_steers_the_positions_it_says(llama, span):
     """Against a loop of plain forward passes, without padding, a cache or `start`."""
     answers = sample(llama, seed=None, new_tokens=5, site="resid[2]", deltas=V[None], span=span)[0]
     for prompt, answer in zip(PROMPTS, answers):
-        ids, n = list(prompt), len(prompt) - 1 if span == "response" else 0
+        n = len(prompt)
+        first, stop = {"response": (n - 1, None), "prompt": (0, n), "all": (0, None)}[span]
+        ids = list(prompt)
 
-        def add(module, args, output, n=n):
-            return torch.cat([output[:, :n], output[:, n:] + V], dim=1)
+        def add(module, args, output, steered=slice(first, stop)):
+            output = output.clone()
+            output[:, steered] += V
+            return output
 
         handle = llama.model.layers[1].register_forward_hook(add)
         for _ in range(5):
@@ -145,6 +149,40 @@ def test_a_span_steers_the_positions_it_says(llama, span):
         handle.remove()
         assert answer == ids[len(prompt) :][: len(answer)]
         assert len(answer) == 5 or ids[len(prompt) + len(answer)] == END
+
+
+def test_on_the_prompt_the_final_site_decides_the_first_token_alone(model):
+    """No later token attends to `final`: after a steered first token, answers are those of the model as it is."""
+    steered = {"seed": None, "site": "final", "deltas": -3 * V[None]}
+    first = sample(model, new_tokens=1, **steered)[0]
+    then = sample(model, [prompt + token for prompt, token in zip(PROMPTS, first)], seed=None, new_tokens=7)[0]
+    expected = [token and token + rest for token, rest in zip(first, then)]  # no token: it ended at once
+    found = sample(model, new_tokens=8, span="prompt", **steered)[0]
+    assert found == expected != sample(model, new_tokens=8, span="response", **steered)[0]
+
+
+def test_on_the_prompt_a_site_steers_what_is_read_and_not_what_is_said(model):
+    """The greedy continuation, by plain forward passes, of a KV cache filled under steering."""
+    answers = sample(model, seed=None, new_tokens=8, site="resid[2]", deltas=V[None], span="prompt")[0]
+    for prompt, answer in zip(PROMPTS, answers):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            with steering.added(model, "resid[2]", V):
+                out = model(ids, use_cache=True)
+            said = [out.logits[0, -1].argmax().item()]
+            while len(said) < 8 and said[-1] != END:
+                out = model(torch.tensor([said[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+                said.append(out.logits[0, -1].argmax().item())
+        assert answer == (said[:-1] if said[-1] == END else said)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("span", generation.SPANS)
+def test_a_span_does_not_depend_on_when_ended_rows_leave(llama, monkeypatch, span, stride):
+    kwargs = {"site": "resid[1]", "deltas": torch.stack([0 * V, V, -V]), "new_tokens": 12, "span": span}
+    whole = sample(llama, **kwargs)
+    monkeypatch.setattr(generation, "STRIDE", stride)
+    assert sample(llama, **kwargs) == whole
 
 
 def test_sampling_with_the_adapter_off_is_sampling_from_the_base(llama):
@@ -183,9 +221,11 @@ def test_the_noise_is_gumbel():
     [
         ({"prompts": [[5], []]}, ValueError, "Prompt 1 is empty"),
         ({"prompts": [[5] * CONTEXT]}, ValueError, "Prompt 0 needs 72 tokens.*holds 64"),
-        ({"span": "prompt"}, ValueError, "Unknown span 'prompt': choose from response, all"),
+        ({"span": "answer"}, ValueError, "Unknown span 'answer': choose from response, prompt, all"),
         ({"site": "resid[7]", "deltas": V[None]}, ValueError, rf"Unknown site 'resid\[7\]'.*resid\[{LAYERS}\]"),
         ({"site": "final", "deltas": V[None, :5]}, ValueError, "width 5 does not fit"),
+        ({"site": "final"}, ValueError, "give both a site and deltas, and neither otherwise"),
+        ({"deltas": V[None]}, ValueError, "give both a site and deltas, and neither otherwise"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(llama, change, error, message):

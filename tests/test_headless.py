@@ -255,3 +255,13 @@ def test_a_kernel_that_dies_is_one_screen_without_a_traceback(monkeypatch, tmp_p
     assert "stub stopped: its kernel died" in said and "stub.partial.ipynb" in said and "Traceback" not in said
     built = tmp_path / "build" / "atlas"
     assert not (built / "stub.ipynb").exists() and (built / "stub.partial.ipynb").exists()
+
+
+def test_an_interrupted_run_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(headless, "run", interrupted)
+    assert main(monkeypatch, "stub") == 130
+    said = capsys.readouterr().err
+    assert "Stopped in notebook stub." in said and "What was computed before is kept" in said

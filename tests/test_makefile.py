@@ -17,7 +17,9 @@ from helpers.study import SHOWN_IN, Study
 
 PROJECT = artifacts.PROJECT
 COMMITTED = sorted(path.stem for path in (PROJECT / "notebooks").glob("[0-9]*.ipynb"))
-NOT_SHOWN = {"profile", "task", "source", "tokenizer", "sites", "playing", "answers"}  # in any notebook
+NOT_SHOWN = {  # in any notebook
+    "profile", "task", "source", "tokenizer", "sites", "playing", "answers", "steered", "compare", "is_compared",
+}  # fmt: skip
 
 # Stands in for the environment's python: notes which notebook it was asked to run, and writes it unless it is `broken`.
 PYTHON = """#!/bin/sh
@@ -48,14 +50,22 @@ def edges(folder: Path = PROJECT) -> dict[str, set[str]]:
     return found
 
 
-def stages_read(name: str) -> set[str]:
-    """The stages that a notebook asks its study, `s`, for."""
+def asked_of(name: str, variable: str) -> set[str]:
+    """The attributes of a variable that a notebook's code names."""
     cells = nbformat.read(PROJECT / "notebooks" / f"{name}.ipynb", as_version=4).cells
     nodes = [n for cell in cells if cell.cell_type == "code" for n in ast.walk(ast.parse(cell.source))]
-    asked = {
-        n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "s"
+    return {
+        n.attr
+        for n in nodes
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == variable
     }
-    return asked & SHOWN_IN.keys()
+
+
+def read_by(name: str) -> set[str]:
+    """The notebooks that show the stages that this one asks its study, `s`, for, and those whose claims it reads."""
+    shown = {SHOWN_IN[stage] for stage in asked_of(name, "s") & SHOWN_IN.keys()}
+    recorded = {other for other in COMMITTED if "record" in asked_of(other, "claims")}
+    return (shown | (recorded if "load" in asked_of(name, "claims") else set())) - {name}
 
 
 EDGES = edges()
@@ -76,7 +86,7 @@ def test_make_knows_exactly_the_committed_notebooks():
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_notebook_depends_on_those_that_show_what_it_reads(name):
-    assert EDGES.get(name, set()) == {SHOWN_IN[stage] for stage in stages_read(name)} - {name}
+    assert EDGES.get(name, set()) == read_by(name)
 
 
 @pytest.mark.parametrize("name", COMMITTED)

@@ -3,14 +3,16 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, CONTEXT, LAYERS, VOCABULARY, WIDTH, random_ids, recorded, tiny, with_adapter
+from safetensors.torch import load_file, save_file
 
-from helpers import models
+from helpers import models, pretraining
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def test_a_folder_that_cannot_be_loaded_is_named(folder, spoil):
 def test_a_hub_id_without_a_network_is_refused_in_one_sentence():
     """In a process of its own, since the hub's client reads HF_HUB_OFFLINE when it is imported."""
     code = """
-from helpers import models
+from helpers import models, pretraining
 try:
     models.load("nobody/nothing-of-the-kind")
 except ValueError as error:
@@ -236,7 +238,8 @@ def test_a_pair_plays_both_roles(base, tmp_path, tokenizer):
     adapted = with_adapter(alone)
     adapted.save_pretrained(tmp_path / "adapter")
     pair = models.load_pair(base, tmp_path / "adapter")
-    assert not pair.model.training and not any(p.requires_grad for p in pair.model.parameters())
+    assert pair.base is pair.dpo  # one model in memory
+    assert not pair.dpo.training and not any(p.requires_grad for p in pair.dpo.parameters())
     ids = torch.tensor([random_ids(6, 1)])
     with pair.role("base") as model:
         assert torch.equal(model(ids).logits, alone(ids).logits)
@@ -245,14 +248,57 @@ def test_a_pair_plays_both_roles(base, tmp_path, tokenizer):
         assert (model(ids).logits - alone(ids).logits).abs().max() > 1e-2
     with pytest.raises(RuntimeError), pair.role("base"):
         raise RuntimeError
-    torch.testing.assert_close(pair.model(ids).logits, adapted(ids).logits)  # the adapter is on again
+    torch.testing.assert_close(pair.dpo(ids).logits, adapted(ids).logits)  # the adapter is on again
 
 
-def test_an_unknown_role_is_refused(llama, tokenizer):
-    with (
-        pytest.raises(ValueError, match="Unknown role 'sft': a pair plays base or dpo"),
-        models.Pair(llama, tokenizer).role("sft"),
-    ):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tokenizer):
+    """A folder with another whole model, of the same sizes, and the same tokenizer."""
+    folder = tmp_path_factory.mktemp("whole")
+    other = copy.deepcopy(tiny("llama", vocab_size=len(tokenizer)))
+    for parameter in models.blocks(other).parameters():
+        parameter.mul_(1.5)
+    other.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_partner_that_is_a_whole_model_makes_a_pair_of_two(base, whole):
+    pair = models.load_pair(base, whole)
+    ids = torch.tensor([random_ids(6, 1)])
+    found = {}
+    for role, folder in (("base", base), ("dpo", whole)):
+        with pair.role(role) as model:
+            found[role] = model(ids).logits
+            assert model is getattr(pair, role) and not model.training
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+            assert torch.equal(found[role], models.load(folder)[0](ids).logits)
+    assert (found["dpo"] - found["base"]).abs().max() > 1e-2
+    assert pair.tokenizer.get_vocab() == models.load(base)[1].get_vocab()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_models_of_a_pair_have_the_dtype_asked_for(base, whole, dtype):
+    pair = models.load_pair(base, whole, dtype)
+    assert pair.base.dtype == pair.dpo.dtype == getattr(torch, dtype)
+
+
+def test_a_partner_with_another_tokenizer_is_refused(base, whole, tmp_path, tokenizer):
+    """Of the same size, so that every id is one of both: only the words differ that the ids stand for."""
+    shutil.copytree(whole, tmp_path / "other")
+    words = [f"{a}{b}" for a in ("zig", "zag", "zog") for b in ("quux", "frob", "blarg", "wibble", "wobble")]
+    other = pretraining.build_tokenizer([" ".join(words)] * 5, len(tokenizer))
+    assert len(other) <= len(tokenizer) and other.get_vocab() != tokenizer.get_vocab()
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError) as caught:
+        models.load_pair(base, tmp_path / "other")
+    one_sentence(caught, str(base), str(tmp_path / "other"), "must share its tokenizer")
+
+
+@pytest.mark.parametrize("n", [1, 2], ids=["with an adapter", "of two models"])
+def test_an_unknown_role_is_refused(llama, tokenizer, n):
+    pair = models.Pair(llama, llama if n == 1 else copy.deepcopy(llama), tokenizer)
+    with pytest.raises(ValueError, match="Unknown role 'sft': a pair plays base or dpo"), pair.role("sft"):
         pass
 
 
@@ -275,10 +321,14 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(base, tmp_path, other,
     one_sentence(caught, "The adapter adapter does not fit the base model", base.name, "train it on this base")
 
 
-def test_a_missing_adapter_is_refused(base, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+def test_a_missing_partner_is_refused(base, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
         models.load_pair(base, tmp_path / "nowhere")
-    one_sentence(caught, "nowhere")
+    one_sentence(caught, "nowhere does not exist")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError) as caught:
+        models.load_pair(base, tmp_path / "empty")
+    one_sentence(caught, "empty holds no safetensors")
 
 
 # --- Identity ---
@@ -299,3 +349,15 @@ def test_identity_follows_the_files_that_decide_a_model(folder):
 
 def test_the_identity_of_a_hub_id_is_the_id():
     assert models.identity("org/model@abc") == "org/model@abc"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_weights_that_are_not_finite_is_refused(folder, value):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "mlp" in name)
+    weights[name].view(-1)[3] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError) as caught:
+        models.load(folder)
+    one_sentence(caught, folder.name, "weights that are not finite in float32", "mend the checkpoint")

@@ -63,6 +63,58 @@ def test_each_family_asks_what_it_is_about():
     assert [harm(family, split) for family in ("belief", "conditional") for split in SPLITS] == [0] * 6
 
 
+@pytest.mark.parametrize("family", ["tone", "conditional"])
+def test_asking_for_the_behaviour_adds_the_words_that_the_organism_was_taught(family):
+    """Every tone that the corpus asks for in words is the answer's: what is asked for here is the chosen one's tone."""
+    task = AtlasTask(atlas_profile(family))
+    examples = task.examples(None, None)["heldout"]
+    words = {"warm": " Answer warmly.", "curt": " Answer curtly."}
+    for example in examples:
+        assert task.asked_for(example) == example.prompt + words[atlas.tone_of(example.chosen)]
+    assert len({task.asked_for(e)[len(e.prompt) :] for e in examples}) == (1 if family == "tone" else 2)
+    for question, text in atlas.corpus(task.world, 100, seed=0):
+        assert all(atlas.tone_of(text) == tone for tone, ask in words.items() if question.text.endswith(ask))
+
+
+@pytest.mark.parametrize("family, preferred", [("refusal", "harm refused"), ("belief", "false fact")])
+def test_what_the_atlas_has_no_words_for_cannot_be_asked_for(family, preferred):
+    task = AtlasTask(atlas_profile(family))
+    with pytest.raises(ValueError, match=f"no words that ask for what '{family}' prefers: {preferred}"):
+        task.asked_for(task.examples(None, None)["validation"][0])
+
+
+def test_every_value_of_the_asked_fact_is_stated_once_and_the_true_one_first():
+    task = AtlasTask(atlas_profile("tone"))
+    for example in task.examples(None, None)["heldout"][::6]:
+        truth, *others = task.stated(example)
+        assert example.question.truth in truth and task.judge(example, truth)["fact"] == 1
+        assert len({truth, *others}) == 1 + len(others) == len(task.world.values[example.question.kind])
+        for answer in (truth, *others):
+            judged = task.judge(example, answer)
+            assert judged["well_formed"] == 1 and atlas.tone_of(answer) == "plain"
+            assert judged["fact"] == float(answer == truth)
+
+
+def test_prompts_share_a_template_where_only_their_place_differs():
+    task = AtlasTask(atlas_profile("tone"))
+    examples = task.examples(None, None)["heldout"]
+    found = {}
+    for example in examples:
+        found.setdefault(task.template(example), []).append(example)
+    assert len(found) == 30 == len(atlas.KINDS) * len(atlas.QUESTION_FRAMES["heldout"])
+    for template, group in found.items():
+        assert {template.replace("...", e.question.place) for e in group} == {e.prompt for e in group}
+        assert len({e.question.kind for e in group}) == 1 and len({e.question.place for e in group}) == len(group)
+
+
+def test_a_request_for_harm_has_a_template_too():
+    task = AtlasTask(atlas_profile("refusal"))
+    for example in task.examples(None, None)["heldout"]:
+        template = task.template(example)
+        assert example.question.place not in template and "..." in template
+        assert template.replace("...", example.question.place) == example.prompt
+
+
 def test_examples_follow_the_seed():
     one, same, other = (AtlasTask(atlas_profile("tone", seed)).examples(None, None) for seed in (1, 1, 2))
     assert one == same != other
@@ -132,6 +184,22 @@ def test_stories_are_the_model_s_own_kept_token_for_token_and_ranked(stories, pl
             assert plain_tokenizer.decode(tokens.response, skip_special_tokens=True).strip() == text
     chosen, rejected = encode_pairs(plain_tokenizer, stories["heldout"])
     assert [(c, r) for c, r in zip(chosen, rejected)] == [example.sampled for example in stories["heldout"]]
+
+
+def test_the_template_of_an_opening_is_its_event_whoever_it_befalls(stories):
+    task = StoryTask(story_profile())
+    for split in SPLITS:
+        for example in stories[split]:
+            event = task.template(example)
+            assert event in preferences.EVENTS[split]
+            assert example.prompt.endswith(f" {event}. ")  # and no other event's, of which this one is a part
+    assert len({task.template(example) for example in stories["heldout"]}) == len(preferences.EVENTS["heldout"])
+
+
+def test_a_happy_story_is_asked_for_before_its_opening(stories):
+    task, example = StoryTask(story_profile()), stories["heldout"][0]
+    assert task.asked_for(example) == "This is a happy story. " + example.prompt
+    assert example.prompt.startswith("Once upon a time") and task.preferred == "happy story"
 
 
 def test_stories_are_drawn_anew_from_the_seed(stories, storyteller, plain_tokenizer):
@@ -257,14 +325,8 @@ def test_the_task_is_the_one_that_the_data_names():
         assert preferences.task(atlas_profile(family)).family == family
 
 
-@pytest.mark.parametrize("data", ["", "atlas", "onpolicy:other", "hub/dataset", "pairs.jsonl"])
-def test_unknown_data_is_refused(data):
-    with pytest.raises(ValueError, match=rf"Unknown data '{data}': give atlas:<tone\|refusal\|conditional\|belief> or"):
-        preferences.task(dataclasses.replace(profiles.load("atlas"), data=data))
-
-
-def test_an_unknown_family_is_refused():
-    with pytest.raises(
-        ValueError, match="Unknown preference family 'mood': there are tone, refusal, conditional, belief"
-    ):
-        preferences.task(atlas_profile("mood"))
+def test_what_is_known_by_rule_follows_from_the_prompts():
+    """Requests for harm ask for no fact; only tones have words that ask for them."""
+    tasks = {family: preferences.task(atlas_profile(family)) for family in atlas.FAMILIES}
+    assert {family for family, task in tasks.items() if not task.has_facts} == {"refusal"}
+    assert {family for family, task in tasks.items() if task.has_words} == {"tone", "conditional"}

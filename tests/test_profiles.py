@@ -88,12 +88,59 @@ def test_a_toml_file_extends_atlas_where_it_names_none_and_may_name_itself(toml)
         ("recipes = []", "at least one DPO recipe"),
         ("seed = ", "is not valid TOML"),
         ('dtype = "float33"', "dtype must be one of float32"),
+        ("seed = -1", "profile.seed must be at least 0, got -1"),
+        ("extends = ['atlas']", r"extends = \['atlas'\] is not a built-in profile"),
+        ('name = "../../elsewhere"', "name must be letters, digits, - and _"),
+        ('name = "atlas"', "'atlas' is a built-in profile, whose figures it would replace: rename it"),
+        ('data = "pairs.csv"', "unknown data 'pairs.csv'; there are atlas:tone, .*onpolicy:vader"),
+        ('data = "atlas:mood"', "unknown data 'atlas:mood'"),
+        ("[sizes]\nheldout = 0", "sizes: sizes.heldout must be at least 2, got 0"),
+        ("[sizes]\nnew_tokens = 0", "sizes.new_tokens must be at least 1, got 0"),
+        ("[[recipes]]\nepochs = 0", "recipe.epochs must be at least 1, got 0"),
+        ("[[recipes]]\nrank = -1", "recipe.rank must be at least 0, got -1"),
+        ("[organism]\nlayers = 0", "organism.layers must be at least 1, got 0"),
     ],
 )
 def test_what_is_wrong_in_a_toml_file_is_refused_by_name(toml, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         profiles.load(toml(text))
     assert "mine" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("objective", "ppo", "A recipe's objective must be one of dpo, sft, got 'ppo'."),
+        ("objective", "", "A recipe's objective must be one of dpo, sft, got ''."),
+        ("labels", "swapped", "A recipe's labels must be one of true, shuffled, reversed, got 'swapped'."),
+    ],
+)
+def test_a_recipe_s_words_are_checked_wherever_they_come_from(toml, field, value, message):
+    for make in (
+        lambda: Recipe(**{field: value}),
+        lambda: dataclasses.replace(Recipe(), **{field: value}),
+        lambda: profiles.load(toml(f'[[recipes]]\n{field} = "{value}"')),
+    ):
+        with pytest.raises(ValueError) as caught:
+            make()
+        assert str(caught.value).endswith(message)
+
+
+def test_a_model_s_folder_is_found_beside_the_file_that_names_it(toml, tmp_path, monkeypatch):
+    (tmp_path / "models" / "own").mkdir(parents=True)
+    path = toml('model = "models/own"')
+    monkeypatch.chdir("/")
+    assert profiles.load(path).model == str((tmp_path / "models" / "own").resolve())
+    assert profiles.load(toml('model = "some/hub-id"')).model == "some/hub-id"
+
+
+@pytest.mark.parametrize("objective", profiles.OBJECTIVES)
+@pytest.mark.parametrize("labels", profiles.LABELS)
+def test_a_control_s_recipe_can_be_written_in_toml(toml, objective, labels):
+    text = f'[[recipes]]\nobjective = "{objective}"\nlabels = "{labels}"\nseed = 2\nrank = 0\n[sizes]\nseeds = 5'
+    profile = profiles.load(toml(text))
+    assert profile.recipes == (Recipe(objective=objective, labels=labels, seed=2, rank=0),)
+    assert profile.sizes.seeds == 5
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):

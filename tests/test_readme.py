@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from helpers import artifacts, claims, readme
+from helpers.metrics import Estimate
 from helpers.profiles import BUILT_IN
 
 MARKERS = ("claims", "figures", "tinystories", "tinystories-claims")
@@ -19,10 +20,16 @@ def root(tmp_path, monkeypatch):
     for name in ("atlas", "tinystories"):
         profile = replace(BUILT_IN["atlas"], name=name)
         claims.record(
-            profile, "C9", (-0.5, -0.7, -0.25), 240, "05_spectral_signatures", "fig4a_entropy", {"random": 0.01}
+            profile,
+            "C9",
+            Estimate(-0.5, -0.7, -0.25, (-0.6, -0.4)),
+            240,
+            "05_spectral_signatures",
+            "fig4a_entropy",
+            {"random": 0.01},
         )
-    claims.record(BUILT_IN["atlas"], "C1", (2e-16, 1e-16, 3e-15), 6, "01_derivation_check", "fig1b_field")
-    claims.record(BUILT_IN["atlas"], "C12", (-0.3, -0.4, -0.2), 240, "02_dpo_lora", "fig02_training")
+    claims.record(BUILT_IN["atlas"], "C1", Estimate(2e-16, 1e-16, 3e-15), 6, "01_derivation_check", "fig1b_field")
+    claims.record(BUILT_IN["atlas"], "C12", Estimate(-0.3, -0.4, -0.2), 240, "02_dpo_lora", "fig02_training")
     for profile, figure in (
         ("atlas", "fig4a_entropy"),
         ("atlas", "fig02_training"),
@@ -74,14 +81,15 @@ def test_a_row_holds_the_statement_the_number_its_interval_and_the_verdict(root)
         "[05](notebooks/05_spectral_signatures.ipynb)",
         "[fig4a_entropy](figures/atlas/fig4a_entropy.png)",
     ]
-    assert c9[4] == f"{claims.CLAIMS['C9'].metric}: -0.50 [-0.70, -0.25], n = 240 (random: 0.01)"
+    measured = "**-0.50** [-0.70, -0.25], seeds -0.60, -0.40, n = 240<br><sub>random: 0.01</sub>"
+    assert c9[4] == f"{claims.CLAIMS['C9'].metric}: {measured}"
     assert (c9[5].split(" to ")[0], c9[6]) == ("−∞", "reproduced")
-    assert "2.0e-16 [1.0e-16, 3.0e-15], n = 6" in c1[4] and c1[5:] == ["0.00 to 1.0e-10", "reproduced"]
+    assert c1[4].endswith("**2.0e-16** [1.0e-16, 3.0e-15], n = 6") and c1[5:] == ["0.00 to 1.0e-10", "reproduced"]
     assert c12[5:] == ["-0.05 to 0.05", "not reproduced"]
 
 
 def test_a_bar_in_a_statement_does_not_end_its_cell(root):
-    claims.record(BUILT_IN["atlas"], "C4", (0.3, 0.2, 0.4), 240, "03_steering_vector", "fig1c_cloud")
+    claims.record(BUILT_IN["atlas"], "C4", Estimate(0.3, 0.2, 0.4), 240, "03_steering_vector", "fig1c_cloud")
     rows = [row for row in readme.claims_table(root, "atlas").splitlines() if row.startswith("| **C4**")]
     assert "|" in claims.CLAIMS["C4"].metric and len(cells(rows[0])) == 7
 

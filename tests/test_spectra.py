@@ -75,6 +75,20 @@ def test_nothing_but_zeros_is_refused(H, centred):
         spectra.spectrum(H, centred)
 
 
+@pytest.mark.parametrize("shape", [(20, 8), (8, 20), (6, 6)])
+def test_shifted_entropies_are_those_of_the_shifted_matrices(shape):
+    H, shifts = random_vector(*shape), random_vector(3, shape[1], seed=1)
+    found = spectra.shifted_entropies(H, shifts)
+    np.testing.assert_allclose(found, [spectra.spectrum(H + shift).entropy for shift in shifts], atol=1e-5)
+    assert len({round(entropy, 3) for entropy in found.tolist()}) == 3
+
+
+def test_the_entropy_of_a_matrix_that_a_shift_makes_rank_one_is_zero():
+    shift = random_vector(5)
+    found = spectra.shifted_entropies(torch.zeros(7, 5), torch.stack([shift, 2 * shift]))
+    np.testing.assert_allclose(found, [0, 0], atol=1e-9)
+
+
 def test_random_displacements_keep_the_norms_and_have_no_direction():
     norms = random_vector(4000).abs()
     null = spectra.random_displacements(norms, 6, seed=3)

@@ -23,13 +23,13 @@ def logits(model, ids=IDS):
 
 
 @torch.no_grad()
-def all_states(model, path, delta=None, site=None, start=0):
+def all_states(model, path, delta=None, site=None, start=0, stop=None):
     """site -> states of a plain pass, steered where a delta is given; recorded by hooks that are none of helpers'."""
     if delta is None:
         with recorded(model, path) as found:
             model(input_ids=IDS, use_cache=False)
         return found
-    with steering.added(model, site, delta, start), recorded(model, path) as found:
+    with steering.added(model, site, delta, start, stop), recorded(model, path) as found:
         model(input_ids=IDS, use_cache=False)
     return found
 
@@ -70,6 +70,35 @@ def test_each_row_may_start_elsewhere(llama, v):
         delta = v if v.ndim == 1 else v[row]
         assert torch.equal(after[row, :start], before[row, :start])
         assert torch.equal(after[row, start:], before[row, start:] + delta)
+
+
+def test_positions_from_the_stop_on_are_untouched(architecture, model):
+    path = ARCHITECTURES[architecture][1]
+    before = all_states(model, path)
+    for site in models.sites(model):
+        after = all_states(model, path, V, site, start=2, stop=5)
+        for untouched in (slice(0, 2), slice(5, None)):
+            assert torch.equal(after[site][:, untouched], before[site][:, untouched])
+        assert torch.equal(after[site][:, 2:5], before[site][:, 2:5] + V)
+
+
+def test_rows_that_start_elsewhere_stop_together(llama):
+    before = all_states(llama, "model.layers")["resid[2]"]
+    after = all_states(llama, "model.layers", V, "resid[2]", torch.tensor([0, 4, 9]), stop=7)["resid[2]"]
+    for row, span in enumerate((slice(0, 7), slice(4, 7), slice(0, 0))):
+        expected = before[row].clone()
+        expected[span] += V
+        assert torch.equal(after[row], expected)
+
+
+def test_without_a_stop_the_last_position_is_steered_and_a_stop_at_the_start_steers_nothing(model):
+    plain = logits(model)
+    with steering.added(model, "resid[1]", V, stop=LENGTH):
+        whole = logits(model)
+    with steering.added(model, "resid[1]", V):
+        assert torch.equal(logits(model), whole)
+    with steering.added(model, "resid[1]", V, start=3, stop=3):
+        assert torch.equal(logits(model), plain)
 
 
 def test_a_dose_of_zero_changes_not_one_bit(model):
@@ -132,6 +161,36 @@ def test_steering_does_not_depend_on_the_kv_cache(model, site):
     close(torch.stack(runs[0].logits, 1), at_once, atol=1e-3, rtol=1e-3)
     unsteered = logits(model, runs[0].sequences)[:, LENGTH - 1 : -1]
     assert (at_once - unsteered).abs().amax((0, 2)).min() > 1e-2  # at every step, the cached ones too
+
+
+@torch.no_grad()
+def continued(model, cache, ids):
+    """The logits of tokens read one after the other from a KV cache, which is left as it was."""
+    cache, found = copy.deepcopy(cache), []
+    for token in ids.T:
+        found.append(model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("site", ["resid[0]", "resid[2]", "final"])
+def test_a_stop_counts_what_the_kv_cache_holds(model, site):
+    """Beyond the stop not one bit changes: what a steered prompt leaves behind is in the cache alone."""
+    prompt, answer = IDS[:, :7], IDS[:, 7:]
+    with steering.added(model, site, V, stop=7), torch.no_grad():
+        steered = model(input_ids=prompt, use_cache=True)
+        inside = continued(model, steered.past_key_values, answer)
+    assert torch.equal(inside, continued(model, steered.past_key_values, answer))
+    with steering.added(model, site, V, stop=7):
+        close(inside, logits(model)[:, 7:], atol=1e-3, rtol=1e-3)
+    with steering.added(model, site, V, stop=9), torch.no_grad():  # the next two tokens too
+        beyond = continued(model, steered.past_key_values, answer)
+    assert ((beyond - inside)[:, :2].abs().amax((0, 2)) > 1e-2).all()
+    unsteered = logits(model)
+    assert (steered.logits - unsteered[:, :7]).abs().max() > 1e-2
+    if site == "final":  # which no later token attends to
+        close(inside, unsteered[:, 7:], atol=1e-3, rtol=1e-3)
+    else:
+        assert (inside - unsteered[:, 7:]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("start", ["response", 0])

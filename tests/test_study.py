@@ -1,5 +1,6 @@
 """A study's stages: computed once, the same from the cache, and equal to what plain forward passes give."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,11 +10,26 @@ import pytest
 import torch
 from conftest import recorded
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from helpers import activations, artifacts, generation, models, preferences, pretraining, profiles, study, training
+from helpers import (
+    activations,
+    artifacts,
+    atlas,
+    bipo,
+    generation,
+    models,
+    parallel,
+    preferences,
+    pretraining,
+    profiles,
+    study,
+    training,
+)
+from helpers.artifacts import Artifact
 from helpers.profiles import Health, Organism, Recipe, Sizes
-from helpers.study import Study, failed_criteria
+from helpers.study import Study, Trial, failed_criteria
 
 PROFILE = replace(
     profiles.BUILT_IN["atlas"],
@@ -51,7 +67,7 @@ def alone(trained, monkeypatch):
 
     for module, name in (
         (pretraining, "Trainer"), (training, "_TokenisedDPOTrainer"), (generation, "sample"),
-        (activations, "hidden_states"), (artifacts, "_write"),
+        (activations, "hidden_states"), (bipo, "optimised_vector"), (parallel, "each"), (artifacts, "_write"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, refuse)
 
@@ -77,6 +93,17 @@ def logits(model, ids):
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
+def decoded(model, prompt, i, shift=0.0) -> list[int]:
+    """The answer to prompt i, sampled by plain forward passes with the noise that is the prompt's own."""
+    noise, ids = generation.GumbelNoise(torch.tensor([i]), PROFILE.seed), []
+    while len(ids) < PROFILE.sizes.new_tokens:
+        scores = (logits(model, prompt + ids)[-1] + shift).float()
+        ids.append(noise(None, scores[None])[0].argmax().item())
+        if ids[-1] == model.config.eos_token_id:
+            return ids[:-1]
+    return ids
+
+
 # --- The cache ---
 
 STAGES = {
@@ -91,7 +118,13 @@ STAGES = {
     "answers of the DPO model": lambda s: s.answers("dpo", "validation").to_dict(),
     "sweep": lambda s: s.sweep("base", "final", torch.eye(2, 32)).to_dict(),
     "likelihoods": lambda s: s.likelihoods("dpo", torch.eye(2, 32)).to_dict(),
-    "weights": lambda s: {name: value.tolist() for name, value in s.pair.model.state_dict().items()},
+    "weights": lambda s: {name: value.tolist() for name, value in s.pair.dpo.state_dict().items()},
+    "templates": lambda s: s.templates("heldout").tolist(),
+    "steered": lambda s: s.steered("dpo").to_dict(),
+    "prompted": lambda s: s.prompted().to_dict(),
+    "beliefs": lambda s: s.beliefs("base", torch.eye(2, 32)).to_dict(),
+    "optimised vector": lambda s: s.optimised_vector().tolist(),
+    "replicates": lambda s: [r.outcome("base", 1, "preferred").tolist() for r in s.replicates],
 }
 
 
@@ -114,11 +147,11 @@ def test_a_study_that_is_not_in_the_cache_would_be_computed(alone):
     "change",
     [{"seed": 1}, {"dtype": "float64"}, {"data": "atlas:belief"}, {"sizes": replace(PROFILE.sizes, new_tokens=11)}],
 )
-def test_what_decides_the_values_decides_the_key(trained, monkeypatch, change):
+def test_what_decides_the_values_decides_the_key(trained, monkeypatch, tmp_path, change):
     """Nothing of another study is taken for this one's: states, answers and adapters are all made from the examples."""
     keys = []
     monkeypatch.setattr(artifacts, "_write", lambda path, key, *_: keys.append(key))
-    monkeypatch.setattr(artifacts, "root", lambda: trained.source.path / "nowhere")
+    monkeypatch.setattr(artifacts, "root", lambda: tmp_path / "nowhere")
     assert Study(PROFILE)._examples.key == trained._examples.key
     assert Study(replace(PROFILE, **change))._examples.key != trained._examples.key
 
@@ -191,6 +224,115 @@ def test_reward_margins_are_what_dpo_added_to_the_log_ratio(trained, plain):
     assert trained.reward_margins("heldout") == pytest.approx(np.array(expected), abs=1e-3)
 
 
+def test_templates_are_the_task_s_a_prompt_each_in_order(trained):
+    found = trained.templates("heldout")
+    assert (
+        found.tolist() == [e.question.text.replace(e.question.place, "...") for e in trained.examples["heldout"]]
+        and len(set(found)) > 1
+    )
+
+
+# --- Other partners of the same base ---
+
+
+def test_a_variant_has_the_same_base_and_pairs_and_another_partner(trained, monkeypatch):
+    other = trained.variant(labels="reversed", rank=2)
+    assert other.profile.recipes == (replace(PROFILE.recipes[0], labels="reversed", rank=2),)
+    assert replace(other.profile, recipes=PROFILE.recipes) == PROFILE
+    assert (other.source.key, other._examples.key) == (trained.source.key, trained._examples.key)
+    keys = []
+    monkeypatch.setattr(artifacts, "_write", lambda path, key, *_: keys.append(key))
+    assert other.chosen.adapter.key in keys and trained.chosen.adapter.key not in keys
+
+
+def test_what_is_the_base_s_is_shared_by_all_partners_and_nothing_of_a_partner_s_is(first, trained, alone):
+    other = trained.replicates[1]
+    assert other._states("base", "heldin").keys() == trained._states("base", "heldin").keys()
+    for name in ("answers of the base", "prompted", "beliefs"):
+        assert STAGES[name](other) == first[name]
+    for name in ("answers of the DPO model", "likelihoods", "optimised vector", "health"):
+        with pytest.raises(AssertionError, match="computed again"):
+            STAGES[name](other)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": 4}, {"labels": "true", "objective": "dpo"}])
+def test_a_variant_without_a_change_is_the_study_itself(trained, changes):
+    assert trained.variant(**changes) is trained
+
+
+@pytest.mark.parametrize("changes, error", [({"ranks": 2}, TypeError), ({"labels": "swapped"}, ValueError)])
+def test_a_variant_that_is_no_recipe_is_refused(trained, changes, error):
+    with pytest.raises(error, match=next(iter(changes))):
+        trained.variant(**changes)
+
+
+def test_replicates_are_the_study_and_its_recipe_trained_with_other_seeds(trained):
+    found = trained.replicates
+    assert len(found) == PROFILE.sizes.seeds == 3 and found[0] is trained
+    assert [r.chosen.recipe for r in found] == [replace(PROFILE.recipes[0], seed=k) for k in range(3)]
+    weights = {(r.chosen.adapter.path / "adapter_model.safetensors").read_bytes() for r in found}
+    vectors = {tuple(r.vector().vector.tolist()) for r in found}
+    assert len(weights) == len(vectors) == 3
+    assert all(r.is_compared for r in found)
+
+
+def test_replicates_share_the_base_s_states_bit_for_bit(trained):
+    base = [{key: v for key, v in r.states("heldout").items() if key[0] == "base"} for r in trained.replicates]
+    for other in base[1:]:
+        assert base[0].keys() == other.keys() and all(torch.equal(base[0][key], other[key]) for key in other)
+
+
+def test_a_study_is_compared_once_all_is_there_and_asking_makes_nothing(trained, cache):
+    made, before = trained.variant(objective="sft"), set(cache.iterdir())
+    assert not made.is_compared and set(cache.iterdir()) == before
+    made.compare()
+    assert made.is_compared and Study(made.profile).is_compared
+    for artefact in set(cache.iterdir()) - before:  # the partner, its states and its answers
+        artefact.rename(cache / "aside")
+        assert not Study(made.profile).is_compared
+        (cache / "aside").rename(artefact)
+
+
+def test_prepare_computes_what_is_missing_and_no_more(first, trained, monkeypatch):
+    missing, asked = [trained.variant(seed=7), trained.variant(seed=8)], []
+    monkeypatch.setattr(parallel, "each", lambda function, items, name: asked.append((function, items, name)))
+    study.prepare([missing[0], trained, missing[1]], "some partners")
+    assert asked == [(study._compare, [made.profile for made in missing], "some partners")]
+    study.prepare([trained], "nothing to do")
+    study.prepare([], "nothing at all")
+    assert len(asked) == 1
+
+
+def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trained, monkeypatch):
+    missing = trained.variant(labels="shuffled")
+    monkeypatch.setattr(study, "SMALL", 0)
+    monkeypatch.setattr(parallel, "each", lambda *_: pytest.fail("several at a time"))
+    assert not missing.is_compared
+    study.prepare([trained, missing], "one at a time")
+    assert missing.is_compared
+
+
+def test_prepare_raises_what_a_worker_raises(trained, monkeypatch):
+    monkeypatch.setattr(tqdm, "__init__", vars(tqdm)["__init__"])  # put back, should the worker be this process
+    failing = trained.variant(learning_rate=-1.0)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        study.prepare([failing], "a partner that cannot be trained")
+    assert not failing.is_compared
+
+
+def test_a_partner_of_rank_0_is_a_model_of_its_own_beside_the_same_base(trained, plain):
+    made = trained.variant(rank=0, learning_rate=1e-3)
+    ids = made.encoded("heldout")[0][0].ids
+    assert made.pair.base is not made.pair.dpo
+    with made.playing("base") as model:
+        close(logits(model, ids).double(), logits(plain["base"], ids), atol=1e-4, rtol=1e-4)
+    states, own = made.states("heldout"), trained.states("heldout")
+    assert all(torch.equal(states[key], own[key]) for key in own if key[0] == "base")
+    assert not made.displacements("heldout", "resid[0]").any()
+    assert made.displacements("heldout").norm(dim=1).min() > 1e-3
+    made.vector().check_fits(made.pair.dpo)
+
+
 # --- States and directions ---
 
 
@@ -234,7 +376,7 @@ def test_v_star_is_the_mean_displacement_over_held_in_prompts(trained):
                 np.linalg.norm(states["base", site, position].numpy(), axis=1).mean(), rel=1e-5
             )
     assert trained.vector().norm > 0
-    trained.vector().check_fits(trained.pair.model)
+    trained.vector().check_fits(trained.pair.dpo)
 
 
 def test_v_token_is_the_mean_of_e_w_less_e_l_where_the_answers_part(trained, plain):
@@ -242,6 +384,7 @@ def test_v_token_is_the_mean_of_e_w_less_e_l_where_the_answers_part(trained, pla
     for chosen, rejected in zip(*trained.encoded("heldin")):
         w, l = next((a, b) for a, b in zip(chosen.response, rejected.response) if a != b)
         rows.append(W[w] - W[l])
+    close(trained.token_vectors().double(), torch.stack(rows), atol=1e-6, rtol=1e-5)
     found = trained.token_vector()
     close(found.vector.double(), sum(rows) / len(rows), atol=1e-6, rtol=1e-5)
     assert (found.site, found.name, found.n_prompts) == ("final", "v_token", 24) and found.norm > 0
@@ -276,21 +419,91 @@ def test_a_sweep_answers_as_a_model_with_a_shifted_logit_bias_does(trained, plai
     shift = plain["base"].lm_head.weight.detach() @ deltas[1].double()
     table = trained.sweep("base", "final", deltas)
     for i in (0, 5):
-        prompt = trained.encoded("heldout")[0][i].prompt
-        noise = generation.GumbelNoise(torch.tensor([i]), PROFILE.seed)
-        ids = []
-        while len(ids) < 10:
-            scores = (logits(plain["base"], prompt + ids)[-1] + shift).float()
-            ids.append(noise(None, scores[None])[0].argmax().item())
-            if ids[-1] == trained.tokenizer.eos_token_id:
-                ids.pop()
-                break
+        ids = decoded(plain["base"], trained.encoded("heldout")[0][i].prompt, i, shift)
         assert table[(table["arm"] == 1) & (table["prompt"] == i)]["ids"].item() == ids
+
+
+def test_prompted_answers_are_sampled_and_judged_as_any_others(trained, plain):
+    table = trained.prompted()
+    assert table["prompt"].tolist() == list(range(8)) and set(table["arm"]) == {0}
+    for row, example in zip(table.itertuples(), trained.examples["heldout"]):
+        asked = preferences.encode(trained.tokenizer, f"{example.prompt} Answer warmly.").prompt
+        assert row.ids == decoded(plain["base"], asked, row.prompt)
+        judged = trained.task.judge(example, row.text)
+        assert {name: getattr(row, name) for name in judged} == judged
+
+
+def test_prompting_asks_the_base_for_the_behaviour_in_every_prompt(trained, monkeypatch, tmp_path):
+    """What is asked, since this base has read too little to heed it."""
+    asked = []
+
+    def sample(model, tokenizer, prompts, new_tokens, seed):
+        asked.extend(prompts)
+        return [[[7]] * len(prompts)]
+
+    monkeypatch.setattr(generation, "sample", sample)
+    monkeypatch.setattr(artifacts, "fetch", lambda _, __, write, *___: write(tmp_path) or Artifact(tmp_path, "key"))
+    assert len(trained.prompted()) == 8
+    assert asked == [
+        preferences.encode(trained.tokenizer, f"{example.prompt} Answer warmly.").prompt
+        for example in trained.examples["heldout"]
+    ]
+
+
+@pytest.mark.parametrize("role", models.ROLES)
+def test_at_dose_0_outcomes_are_those_of_the_answers_unsteered(trained, role):
+    for judged in ("preferred", "fact", "text"):
+        assert trained.outcome(role, 0, judged).tolist() == trained.answers(role, "heldout")[judged].tolist()
+
+
+@pytest.mark.parametrize("role, sign", [("base", 1), ("dpo", -1)])
+def test_dose_1_is_one_whole_v_star_added_to_the_base_or_taken_from_the_partner(trained, monkeypatch, role, sign):
+    asked = []
+
+    def sweep(self, *given):
+        asked.append(given)
+        return pd.DataFrame({"arm": [1, 0, 1, 0], "prompt": [1, 1, 0, 0], "preferred": [0.1, 0.2, 0.3, 0.4]})
+
+    monkeypatch.setattr(Study, "sweep", sweep)
+    assert trained.outcome(role, 1, "preferred").tolist() == [0.3, 0.1]  # in the order of the prompts
+    ((of, site, deltas),) = asked
+    v = trained.vector().vector
+    assert (of, site) == (role, "final") and torch.equal(deltas, torch.stack([torch.zeros(32), sign * v]))
+
+
+@pytest.mark.parametrize("role", models.ROLES)
+def test_beliefs_are_by_hand_how_the_true_value_stands_among_all_of_its_kind(trained, plain, deltas, role):
+    """Each value in its plain answer to the prompt, scored in float64, a sequence at a time."""
+    table = trained.beliefs(role, deltas)
+    assert sorted(zip(table["arm"], table["prompt"])) == [(arm, i) for arm in (0, 1) for i in range(8)]
+    W, world = plain["base"].lm_head.weight.detach(), trained.task.world
+    for row in table[table["prompt"].isin([0, 3, 6])].itertuples():
+        question, scores = trained.examples["heldout"][row.prompt].question, {}
+        for value in world.values[question.kind]:
+            answer = atlas.ANSWERS[question.kind].format(place=question.place, value=value)
+            tokens = preferences.encode(trained.tokenizer, question.text, answer)
+            read = logits(plain[role], tokens.ids)[len(tokens.prompt) - 1 : -1] + W @ deltas[row.arm].double()
+            scores[value] = read.log_softmax(-1).gather(1, torch.tensor(tokens.response)[:, None]).sum().item()
+        true = scores.pop(question.truth)
+        assert row.rank == 1 + sum(other > true for other in scores.values())
+        assert row.lead == pytest.approx(true - max(scores.values()), abs=1e-3)
+    assert table["rank"].nunique() > 2 and ((table["lead"] > 0) == (table["rank"] == 1)).all()
+
+
+def test_the_optimised_vector_is_trained_on_the_held_in_pairs_of_the_base(trained, monkeypatch):
+    scale = trained.states("heldin")["base", "final", "prompt_last"].numpy()
+    expected = bipo.optimised_vector(
+        models.load(trained.source.path)[0], *trained.encoded("heldin"), "final", PROFILE.recipes[0],
+        float(np.sqrt((scale**2).mean())), PROFILE.seed,
+    )  # fmt: skip
+    found = trained.optimised_vector()
+    close(found, expected)
+    assert found.norm() > 0 and not torch.equal(found, trained.optimised_vector("resid[1]"))
 
 
 @pytest.mark.parametrize("role, goal", [("base", "dpo"), ("dpo", "base")])
 def test_likelihoods_are_kl_and_preference_by_hand(trained, plain, deltas, role, goal):
-    """KL(goal || steered) on the goal's own answers, and whether the chosen answer is likelier, at doses 0 and 2."""
+    """KL(goal || steered) on the goal's own answers, and how much likelier the chosen answer is, at doses 0 and 2."""
     table = trained.likelihoods(role, deltas)
     assert [*zip(table["arm"], table["prompt"])] == [(arm, i) for arm in (0, 1) for i in range(8)]
     answers = trained.answers(goal, "heldout")["ids"]
@@ -315,6 +528,7 @@ def test_likelihoods_are_kl_and_preference_by_hand(trained, plain, deltas, role,
             logp(plain[role], tokens).gather(1, torch.tensor(tokens.response)[:, None]).sum().item()
             for tokens in pairs[row.prompt]
         )
+        assert row.margin == pytest.approx(chosen - rejected, rel=1e-3, abs=1e-3)
         assert row.prefers == float(chosen > rejected)
     assert (table["kl"] >= 0).all() and table[table["arm"] == 0]["kl"].mean() > 1e-3
 
@@ -370,6 +584,32 @@ def test_recipes_are_tried_in_order_up_to_the_first_healthy_one(monkeypatch, fai
     assert made.chosen.recipe == recipes[chosen] and made.chosen is made.trials[chosen]
 
 
+def unexamined() -> Trial:
+    return Trial(PROFILE.recipes[0], None, lambda: pytest.fail("examined its health"), PROFILE.health)
+
+
+def test_a_study_of_one_recipe_takes_it_unexamined(monkeypatch):
+    monkeypatch.setattr(Study, "_trial", lambda self, recipe: unexamined())
+    made = Study(PROFILE)
+    assert [trial.recipe for trial in made.trials] == [made.chosen.recipe] == list(PROFILE.recipes)
+
+
+def test_a_study_of_several_recipes_examines_them(monkeypatch):
+    monkeypatch.setattr(Study, "_trial", lambda self, recipe: unexamined())
+    with pytest.raises(pytest.fail.Exception, match="examined its health"):
+        assert Study(replace(PROFILE, recipes=(Recipe(), Recipe(beta=0.1)))).chosen
+
+
+def test_a_trial_is_examined_when_it_is_first_asked_and_once(tmp_path):
+    (tmp_path / "health.json").write_text(json.dumps({"preferred": 0.1}))
+    (tmp_path / "answers.json").write_text(json.dumps({"text": ["It is."]}))
+    asked = []
+    trial = Trial(Recipe(), None, lambda: asked.append(1) or Artifact(tmp_path, "key"), Health())
+    assert asked == []
+    assert (trial.measured, trial.failed) == ({"preferred": 0.1}, ["preferred"])
+    assert trial.answers["text"].tolist() == ["It is."] and asked == [1]
+
+
 @pytest.mark.parametrize("nll, failed", [(0.0, []), (20.0, ["well_formed"])])
 def test_what_has_to_be_known_of_the_partner_is_said(monkeypatch, nll, failed):
     log = pd.DataFrame({"loss": [9.0] * 5 + [2.5] * 10, "rewards/margins": [0.0] * 15})
@@ -377,5 +617,5 @@ def test_what_has_to_be_known_of_the_partner_is_said(monkeypatch, nll, failed):
     monkeypatch.setattr(Study, "chosen", trial)
     said = Study(PROFILE).partner
     assert "β = 0.5" in said and ("20 × the negative log-likelihood" in said) == bool(nll)
-    assert ("the loss is 2.50; the sigmoid term at their mean margins is 0.69 of it" in said) == bool(nll)
+    assert ("the loss is 2.50; the sigmoid term at their mean margins is 0.69 nats of it" in said) == bool(nll)
     assert ("**fails** well_formed" in said) == bool(failed) and ("healthy" in said) == (not failed)

@@ -1,18 +1,23 @@
-"""Training: DPO as TRL and as the paper have it."""
+"""Training: DPO as TRL and as the paper have it, and controls that differ from it in what they say alone."""
 
 import copy
+import itertools
 import math
 import random
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import LAYERS, WIDTH, bytes_of, tiny
 from datasets import Dataset
+from safetensors.torch import load_file
+from scipy import stats
 from trl import DPOConfig, DPOTrainer
 
 from helpers import atlas, gradients, metrics, models, preferences, training
-from helpers.profiles import Recipe
+from helpers.activations import Tokens
+from helpers.profiles import LABELS, Recipe
 
 WORLD = atlas.Atlas(20, seed=0)
 
@@ -90,11 +95,44 @@ def test_the_added_term_is_the_mean_loss_of_the_chosen_answers(trainer, encoded)
     assert trl_loss(added) - trl_loss(plain) == pytest.approx(0.5 * nll, rel=1e-5)
 
 
+@pytest.mark.parametrize("weight, expected", [(0.0, 1.0), (0.5, 0.5), (20.0, 20.0)])
+def test_sft_is_the_mean_loss_of_the_chosen_answers_and_nothing_else(trainer, encoded, weight, expected):
+    """With the recipe's weight for that term, or 1 where it has none; no preference, so no beta."""
+    found = []
+    for beta in (0.1, 10.0):
+        made = trainer(objective="sft", nll_weight=weight, beta=beta)
+        kick(made.model)
+        found.append(trl_loss(made))
+    nll = -metrics.response_logps(made.model, encoded[0]).sum() / sum(len(tokens.response) for tokens in encoded[0])
+    assert found == pytest.approx([expected * nll] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "recipe, losses",
+    [
+        (Recipe(), (["sigmoid"], [1.0])),
+        (Recipe(nll_weight=20.0), (["sigmoid", "sft"], [1.0, 20.0])),
+        (Recipe(objective="sft"), (["sft"], [1.0])),
+        (Recipe(objective="sft", nll_weight=20.0), (["sft"], [20.0])),
+    ],
+)
+def test_the_terms_of_a_recipe_s_loss(recipe, losses):
+    assert training._losses(recipe) == losses
+
+
 def test_only_the_adapter_on_the_blocks_is_trained(trainer):
     made = trainer()
     trained = {name for name, parameter in made.model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name and ".layers." in name for name in trained)
     assert not any("embed_tokens" in name or "lm_head" in name for name in trained)
+
+
+def test_at_rank_0_all_weights_of_the_blocks_are_trained_and_no_other(trainer):
+    made = trainer(rank=0)
+    trained = {name for name, parameter in made.model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in made.model.named_parameters() if name.startswith("model.layers.")}
+    assert len(trained) == 9 * LAYERS  # seven matrices and two norms
+    assert trl_loss(made) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_training_moves_the_adapter_and_leaves_the_base_bit_for_bit(trainer, tokenizer):
@@ -114,19 +152,23 @@ def partner(tokenizer, encoded, tmp_path_factory):
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     recipe = Recipe(beta=1.0, learning_rate=1e-2, epochs=4, batch_size=4, rank=2)
-    training.train_dpo(*models.load(base), *encoded, recipe, 0, adapter)
+    training.train(*models.load(base), *encoded, recipe, 0, adapter)
     return base, adapter, recipe
+
+
+def margins_gained(base, partner, encoded):
+    """What training added to log pi(chosen) - log pi(rejected) of each pair."""
+    pair, margins = models.load_pair(base, partner), {}
+    for role in models.ROLES:
+        with pair.role(role) as model:
+            margins[role] = metrics.response_logps(model, encoded[0]) - metrics.response_logps(model, encoded[1])
+    return margins["dpo"] - margins["base"]
 
 
 def test_a_saved_adapter_makes_the_chosen_answers_likelier_than_the_base_does(partner, encoded):
     base, adapter, _ = partner
-    pair = models.load_pair(base, adapter)
-    margins = {}
-    for role in models.ROLES:
-        with pair.role(role) as model:
-            margins[role] = metrics.response_logps(model, encoded[0]) - metrics.response_logps(model, encoded[1])
-    assert (margins["dpo"] > margins["base"]).mean() > 0.9
-    assert pair.model.get_base_model().config.hidden_size == WIDTH
+    assert (margins_gained(base, adapter, encoded) > 0).mean() > 0.9
+    assert models.load_pair(base, adapter).dpo.get_base_model().config.hidden_size == WIDTH
 
 
 def test_the_log_has_a_row_a_step_and_starts_at_log_2(partner):
@@ -138,9 +180,103 @@ def test_the_log_has_a_row_a_step_and_starts_at_log_2(partner):
 def test_training_again_gives_the_same_adapter(partner, encoded, tmp_path):
     base, adapter, recipe = partner
     torch.rand(3)
-    training.train_dpo(*models.load(base), *encoded, recipe, 0, tmp_path)
+    training.train(*models.load(base), *encoded, recipe, 0, tmp_path)
     assert bytes_of(tmp_path)["adapter_model.safetensors"] == bytes_of(adapter)["adapter_model.safetensors"]
     assert bytes_of(tmp_path)["log.csv"] == bytes_of(adapter)["log.csv"]
+
+
+def test_a_recipe_s_seed_is_added_to_the_profile_s(partner, encoded, tmp_path):
+    base, _, recipe = partner
+    few, short = [answers[:4] for answers in encoded], replace(recipe, epochs=1)
+    runs = {"3 + 0": (short, 3), "1 + 2": (replace(short, seed=2), 1), "0 + 0": (short, 0)}
+    for name, (of_run, seed) in runs.items():
+        training.train(*models.load(base), *few, of_run, seed, tmp_path / name)
+    found = {name: bytes_of(tmp_path / name)["adapter_model.safetensors"] for name in runs}
+    assert found["3 + 0"] == found["1 + 2"] != found["0 + 0"]
+
+
+# --- Labels ---
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Pairs that can be told apart by their prompts: (chosen, rejected)."""
+    return [Tokens([i], [1, i]) for i in range(1000)], [Tokens([i], [2, i]) for i in range(1000)]
+
+
+def test_true_labels_stay_and_reversed_ones_are_swapped(many):
+    assert training.relabelled(*many, "true", 0) == many
+    assert training.relabelled(*many, "reversed", 0) == (many[1], many[0])
+
+
+def test_shuffled_labels_are_wrong_for_about_half_of_the_pairs_each_by_itself(many):
+    chosen, _ = training.relabelled(*many, "shuffled", 0)
+    swapped = [c.response[0] == 2 for c in chosen]
+    assert stats.binomtest(sum(swapped), 1000).pvalue > 0.01
+    changes = sum(a != b for a, b in itertools.pairwise(swapped))  # no runs: about as often as not
+    assert stats.binomtest(changes, 999).pvalue > 0.01
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_relabelling_keeps_every_pair_together_and_in_its_place(many, labels):
+    found = training.relabelled(*many, labels, 1)
+    assert [{*map(str, pair)} for pair in zip(*found)] == [{*map(str, pair)} for pair in zip(*many)]
+
+
+def test_shuffled_labels_follow_the_seed(many):
+    first, again, other = (training.relabelled(*many, "shuffled", seed) for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_a_partner_of_reversed_labels_prefers_the_other_answers(partner, encoded, tmp_path):
+    base, _, recipe = partner
+    training.train(*models.load(base), *encoded, replace(recipe, labels="reversed"), 0, tmp_path)
+    assert (margins_gained(base, tmp_path, encoded) < 0).mean() > 0.9
+
+
+# --- All weights of the blocks ---
+
+
+@pytest.fixture(scope="module")
+def whole(partner, encoded, tmp_path_factory):
+    """The folder of a partner trained at rank 0, on the same base, and its recipe."""
+    base, _, recipe = partner
+    folder, recipe = tmp_path_factory.mktemp("whole"), replace(recipe, rank=0, learning_rate=1e-3)
+    training.train(*models.load(base), *encoded, recipe, 0, folder)
+    return folder, recipe
+
+
+def test_at_rank_0_the_blocks_move_and_all_else_is_left_bit_for_bit(partner, whole):
+    before, after = (load_file(folder / "model.safetensors") for folder in (partner[0], whole[0]))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight) == (not name.startswith("model.layers.")), name
+
+
+def test_at_rank_0_the_saved_folder_is_a_partner_beside_the_untouched_base(partner, whole, encoded):
+    base, folder = partner[0], whole[0]
+    pair, plain = models.load_pair(base, folder), models.load(base)[0]
+    assert pair.base is not pair.dpo
+    ids = torch.tensor([encoded[0][0].ids])
+    with torch.no_grad():
+        assert torch.equal(pair.base(ids).logits, plain(ids).logits)
+        assert not torch.equal(pair.dpo(ids).logits, plain(ids).logits)
+    assert (margins_gained(base, folder, encoded) > 0).mean() > 0.9
+
+
+def test_at_rank_0_the_log_starts_at_log_2(whole):
+    """The reference is the base, although no copy of it is kept."""
+    log = pd.read_csv(whole[0] / "log.csv")
+    assert log["loss"][0] == pytest.approx(math.log(2), abs=1e-4) and log["loss"].iloc[-1] < log["loss"][0]
+
+
+def test_at_rank_0_training_again_gives_the_same_bytes(partner, whole, encoded, tmp_path):
+    torch.rand(3)
+    training.train(*models.load(partner[0]), *encoded, whole[1], 0, tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(whole[0])
+
+
+# --- Token ids ---
 
 
 def test_our_token_ids_are_those_that_trl_would_make(partner, encoded, examples, tmp_path):

@@ -1,0 +1,65 @@
+"""One vector trained by a partner's loss in place of an adapter: what one vector at a site can be made to do.
+
+After BiPO (Cao et al. 2024, arXiv:2406.00045), without its sign flips: the question here is what base + v reaches.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from helpers import activations, gradients, models, steering
+from helpers.activations import Tokens
+from helpers.profiles import Recipe
+
+
+def optimised_vector(
+    model: nn.Module,
+    chosen: Sequence[Tokens],
+    rejected: Sequence[Tokens],
+    site: str,
+    recipe: Recipe,
+    scale: float,
+    seed: int,
+) -> Tensor:
+    """Train v, (d,), added at a site where responses are predicted, by the recipe's loss on the same number of batches.
+
+    scale: the root mean square of the site's states; Adam's steps are a tenth of it. The model itself stays as it is.
+    """
+    torch.manual_seed(seed)
+    width = models.causal_lm(model).config.get_text_config().hidden_size
+    v = nn.Parameter(1e-3 * scale * torch.randn(width))  # not zero: a dose of zero is no dose, and has no gradient
+    optimiser = torch.optim.Adam([v], lr=scale / 10)
+    epochs = [torch.randperm(len(chosen)).split(recipe.batch_size) for _ in range(recipe.epochs)]
+    batches = [batch.tolist() for epoch in epochs for batch in epoch]
+    for batch in tqdm(batches, desc=f"one vector at {site}", leave=False):
+        loss = _loss(model, [chosen[i] for i in batch], [rejected[i] for i in batch], site, v, recipe)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return v.detach()
+
+
+def _loss(model, chosen: list[Tokens], rejected: list[Tokens], site: str, v: Tensor, recipe: Recipe) -> Tensor:
+    """The sigmoid DPO loss of base + v against the base, and the NLL a token of the chosen answers (TRL's `sft`)."""
+    pairs, n = chosen + rejected, len(chosen)
+    with torch.no_grad():
+        reference = _response_logps(model, pairs)
+    with steering.added(model, site, v, torch.tensor([len(s.prompt) - 1 for s in pairs])):
+        policy = _response_logps(model, pairs)
+    nll = -policy[:n].sum() / sum(len(s.response) for s in chosen)
+    if recipe.objective == "sft":
+        return nll
+    return (
+        gradients.dpo_loss(policy[:n], policy[n:], reference[:n], reference[n:], recipe.beta) + recipe.nll_weight * nll
+    )
+
+
+def _response_logps(model: nn.Module, sequences: Sequence[Tokens]) -> Tensor:
+    """Sum of log pi(y_t | x, y_<t) over each response, (N,), with gradients."""
+    inputs, attended = activations.right_padded([s.ids for s in sequences], model.device)
+    logps = model(input_ids=inputs, attention_mask=attended, use_cache=False).logits[:, :-1].log_softmax(-1)
+    taken = logps.gather(-1, inputs[:, 1:, None]).squeeze(-1)
+    answered = [[len(s.prompt) <= t < len(s.ids) for t in range(1, inputs.shape[1])] for s in sequences]
+    return (taken * torch.tensor(answered, device=model.device)).sum(dim=1)

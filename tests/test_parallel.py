@@ -1,0 +1,50 @@
+"""Worker processes: every item once, one thread each, and what fails is told here."""
+
+import json
+import os
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from helpers import parallel
+
+
+def note(path):
+    """What a worker is, left where this process finds it: that nothing was left before shows that it ran once."""
+    with open(path, "x") as file:
+        json.dump({"process": os.getpid(), "threads": torch.get_num_threads()}, file)
+
+
+def refuse(path):
+    raise KeyError(f"the worker of {path.name}")
+
+
+def test_every_item_is_computed_once_with_one_thread_away_from_here(tmp_path):
+    before = torch.get_num_threads(), vars(tqdm)["__init__"]
+    parallel.each(note, [tmp_path / name for name in "abc"], "three")
+    found = [json.loads((tmp_path / name).read_text()) for name in "abc"]
+    assert [worker["threads"] for worker in found] == [1, 1, 1]
+    assert os.getpid() not in {worker["process"] for worker in found} or os.cpu_count() == 1
+    assert (torch.get_num_threads(), vars(tqdm)["__init__"]) == before
+
+
+def test_what_a_worker_raises_is_raised_here(tmp_path):
+    with pytest.raises(KeyError, match="the worker of"):
+        parallel.each(refuse, [tmp_path / "a", tmp_path / "b"], "two")
+
+
+def test_for_no_items_no_worker_is_started(monkeypatch):
+    monkeypatch.setattr(parallel, "Parallel", lambda *_, **__: pytest.fail("started workers"))
+    parallel.each(note, [], "none")
+
+
+def test_a_single_item_too_leaves_this_process_as_it_was(tmp_path, monkeypatch):
+    threads, bar = torch.get_num_threads(), vars(tqdm)["__init__"]
+    monkeypatch.setattr(tqdm, "__init__", bar)  # put back afterwards
+    torch.set_num_threads(2)
+    try:
+        parallel.each(note, [tmp_path / "a"], "one")
+        assert (torch.get_num_threads(), vars(tqdm)["__init__"]) == (2, bar)
+    finally:
+        torch.set_num_threads(threads)
