@@ -151,7 +151,7 @@ BUILT_IN = {
             model="raincandy-u/TinyStories-656K",
             data="onpolicy:vader",
             recipes=(Recipe(), Recipe(beta=0.1)),
-            sizes=Sizes(heldin=1000, validation=180, heldout=200, new_tokens=32),
+            sizes=Sizes(heldin=800, validation=180, heldout=200, new_tokens=28),
         ),
     )
 }

@@ -81,11 +81,11 @@ def test_a_row_holds_the_statement_the_number_its_interval_and_the_verdict(root)
         "[05](notebooks/05_spectral_signatures.ipynb)",
         "[fig4a_entropy](figures/atlas/fig4a_entropy.png)",
     ]
-    measured = "**-0.50** [-0.70, -0.25], seeds -0.60, -0.40, n = 240<br><sub>random: 0.01</sub>"
+    measured = "**-0.50** [-0.70, -0.25], seeds -0.60, -0.40, n = 240<br><sub>random: 0.010</sub>"
     assert c9[4] == f"{claims.CLAIMS['C9'].metric}: {measured}"
     assert (c9[5].split(" to ")[0], c9[6]) == ("−∞", "reproduced")
     assert c1[4].endswith("**2.0e-16** [1.0e-16, 3.0e-15], n = 6") and c1[5:] == ["0.00 to 1.0e-10", "reproduced"]
-    assert c12[5:] == ["-0.05 to 0.05", "not reproduced"]
+    assert c12[5:] == ["-0.050 to 0.050", "not reproduced"]
 
 
 def test_a_bar_in_a_statement_does_not_end_its_cell(root):
