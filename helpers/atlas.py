@@ -243,10 +243,16 @@ class Atlas:
         return {kind: frozenset(facts[kind] for facts in self.facts.values()) for kind in KINDS}
 
     def places(self, split: str) -> list[str]:
-        """Six tenths of the places are held in, one tenth validates, three tenths are held out."""
+        """Six tenths of the places are held in, one tenth validates, three tenths are held out.
+
+        "belief": the last third of those held in, which the family `belief` tells falsehoods about. A falsehood about a
+        place has to be told to be learned, so there other phrasings are held out, not other places.
+        """
         names = list(self.facts)
         a, b = round(0.6 * len(names)), round(0.7 * len(names))
-        return {"heldin": names[:a], "validation": names[a:b], "heldout": names[b:]}[split]
+        return {"heldin": names[:a], "validation": names[a:b], "heldout": names[b:], "belief": names[2 * a // 3 : a]}[
+            split
+        ]
 
     def questions(self, places_of: str, phrasings_of: str) -> list[Question]:
         """Every question about facts, places from one split and phrasings from another, in a fixed order."""

@@ -111,6 +111,53 @@ CLAIMS = {
     ),
 }  # fmt: skip
 
+# What the paper leaves open (notebook 07): our predictions, in the repository before anything of them was measured.
+OURS = {
+    "E1": Claim(
+        "2.3",
+        "One vector carries refusal: every pair asks for the same two words to trade places.",
+        "refusal: recovered share of one v* at dose 1, final site",
+        (0.8, 1.2), 0.0, "one constant logit bias towards the refusal's first word is all that is asked",
+    ),
+    "E2": Claim(
+        "2.3",
+        "One vector cannot carry a conditional preference: what half of the prompts gain the others lose.",
+        "conditional: recovered share of one v* at dose 1, best site by validation prompts",
+        (-0.1, 0.4), None, "the mean displacement keeps only what both halves share: fewer answers of neither kind",
+    ),
+    "E3": Claim(
+        "2.3",
+        "One vector cannot carry false beliefs: each is about a place of its own.",
+        "belief: recovered share of one v* at dose 1, final site",
+        (-0.1, 0.1), None, "no constant logit bias knows which place is asked about",
+    ),
+    "E4": Claim(
+        "2.2",
+        "Two directions with coefficients read off the prompt carry a conditional preference.",
+        "conditional: recovered share at rank 2, coefficients fitted to the base's states, final site",
+        (0.6, 1.2), 0.0, "one axis with a sign that the kind of question decides, and the mean",
+    ),
+    "E5": Claim(
+        "2.2",
+        "No number of directions at the prompt's last token carries false beliefs.",
+        "belief: recovered share at full rank, coefficients fitted to the base's states, final site",
+        (-0.1, 0.1), None, "the words of a fact come later than the state that is read there",
+    ),
+    "E6": Claim(
+        "2.2",
+        "The rank of Delta H follows the preferences: it is higher where they depend on the prompt.",
+        "effective rank of the uncentred held-out Delta H, final site: conditional less the constant family",
+        (0.5, INFINITY), 0.0, "C11 and its argument: one axis with two signs and their mean, against one direction",
+    ),
+    "E7": Claim(
+        "5",
+        "The vectors of two families add: together they do what DPO on both does.",
+        "tone + refusal: recovered share of v*(tone) + v*(refusal), held-out prompts of both, final site",
+        (0.6, 1.2), OF_THE_NULL, "nearly orthogonal biases; the better of the two vectors alone is the null",
+    ),
+}  # fmt: skip
+ALL = CLAIMS | OURS
+
 
 def verdict(low: float, high: float, region: tuple[float, float], no_effect: float | None) -> str:
     """The verdict on an interval [low, high].
@@ -147,7 +194,7 @@ def record(
     null: what the null gives, for a claim whose `no_effect` is OF_THE_NULL. Entries of another study that was written
     into the same folder (another model, another seed) are dropped.
     """
-    claim = CLAIMS[claim_id]
+    claim = ALL[claim_id]
     value, low, high = (float(f"{x:.6g}") for x in estimate[:3])
     by_seed = [float(f"{x:.6g}") for x in estimate.by_seed] or [value]
     if not all(map(math.isfinite, (value, low, high))) or not low <= value <= high:
@@ -190,7 +237,7 @@ def _write(profile: Profile, ledger: dict[str, dict], entry: dict) -> None:
     ledger = ledger | {entry["id"]: entry}
     path = figures.folder(profile) / "claims.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({key: ledger[key] for key in CLAIMS if key in ledger}, indent=1) + "\n")
+    path.write_text(json.dumps({key: ledger[key] for key in ALL if key in ledger}, indent=1) + "\n")
 
 
 def load(profile: Profile) -> dict[str, dict]:

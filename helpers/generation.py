@@ -54,10 +54,11 @@ def sample(
     """Answer every prompt once per arm: [arm][prompt] -> token ids, up to and without the end-of-sequence token.
 
     seed: of the samples; None decodes greedily.
-    deltas: (arms, d), what each arm adds at `site` (a dose times a direction); None is one arm without a hook.
+    deltas: what each arm adds at `site` (a dose times a direction), (arms, d), or (arms, prompts, d) where every prompt
+    has its own; None is one arm without a hook.
     span: "response" steers every position that predicts a token of the response, so from the prompt's last token on;
     "prompt" the prompt's own positions alone, the last among them; "all" both. Raises ValueError for an empty prompt or
-    one that leaves no room for the answer.
+    one that leaves no room for the answer, and for deltas of another shape.
     """
     models.check_lengths(model, [len(p) + new_tokens if p else 0 for p in prompts])
     if (site is None) != (deltas is None):
@@ -65,6 +66,8 @@ def sample(
     if span not in SPANS:
         raise ValueError(f"Unknown span {span!r}: choose from {', '.join(SPANS)}.")
     arms = 1 if deltas is None else len(deltas)
+    if deltas is not None:
+        deltas = steering.by_prompt(deltas, len(prompts))
     answers = [[[]] * len(prompts) for _ in range(arms)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     step = max(1, MAX_ROWS // arms)
@@ -90,7 +93,7 @@ def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, delt
         index=torch.arange(len(chunk) * arms),
         ids=inputs.repeat_interleave(arms, dim=0),
         attended=attended.repeat_interleave(arms, dim=0),
-        deltas=None if deltas is None else deltas.repeat(len(chunk), 1),
+        deltas=None if deltas is None else deltas[:, chunk].transpose(0, 1).flatten(0, 1),
         noise=None if seed is None else GumbelNoise(torch.tensor(chunk).repeat_interleave(arms), seed),
         cache=_shared_cache(model, inputs, attended, arms, settings) if span == "response" else None,
     )

@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 from torch import Tensor, nn
 
-from helpers import activations, models
+from helpers import activations, models, steering
 from helpers.activations import Tokens
 
 RESAMPLES = 2000
@@ -23,17 +23,22 @@ def response_logits(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (index, log-softmax (arms, T, vocabulary), targets (T,)) for every sequence's response of T tokens.
 
-    deltas: (arms, d), what each arm adds at `final`, where it is a constant bias on the logits (section 2.2). All arms
-    share the forward pass up to there; None is one arm without a change.
+    deltas: what each arm adds at `final`, where it is a constant bias on the logits (section 2.2): (arms, d), or
+    (arms, sequences, d) where every sequence has its own. All arms share the forward pass up to there; None is one arm
+    without a change.
     """
     models.check_lengths(model, [len(s.ids) if s.prompt else 0 for s in sequences])
     arms = 1 if deltas is None else len(deltas)
+    if deltas is not None:
+        deltas = steering.by_prompt(deltas, len(sequences))
     vocabulary = models.unembedding(model).out_features
     most = min(activations.MAX_BATCH_TOKENS, MAX_LOGITS // (arms * vocabulary))
     for indices in activations.batches([len(s.ids) for s in sequences], most):
         batch = [sequences[i] for i in indices]
         inputs, attended = activations.right_padded([s.ids for s in batch], model.device)
-        with activations.hooked(model, models.FINAL, _responses_alone(batch, deltas)):
+        with activations.hooked(
+            model, models.FINAL, _responses_alone(batch, None if deltas is None else deltas[:, indices])
+        ):
             logits = models.causal_lm(model)(input_ids=inputs, attention_mask=attended, use_cache=False).logits
         wide = torch.promote_types(logits.dtype, torch.float32)
         for i, of_one in zip(indices, logits.split([len(s.response) for s in batch], dim=1)):
@@ -42,13 +47,13 @@ def response_logits(
 
 def _responses_alone(batch: Sequence[Tokens], deltas: Tensor | None) -> Callable[[Tensor], Tensor]:
     """Turn the final states of a batch into those that predict its responses, end to end, for each arm: the unembedding
-    then reads (arms, all response tokens, d)."""
+    then reads (arms, all response tokens, d). deltas: (arms, batch, d) or None."""
     where = [(row, t) for row, s in enumerate(batch) for t in range(len(s.prompt) - 1, len(s.ids) - 1)]
     rows, positions = torch.tensor(where, dtype=torch.long).view(-1, 2).unbind(1)
 
     def change(states: Tensor) -> Tensor:
         read = states[rows.to(states.device), positions.to(states.device)]
-        return read[None] if deltas is None else read[None] + deltas.to(read)[:, None]
+        return read[None] if deltas is None else read[None] + deltas[:, rows].to(read)
 
     return change
 

@@ -21,12 +21,14 @@ SPLITS = atlas.SPLITS
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the answer preferred and the one not. `question` is what the atlas asked, where it was the atlas."""
+    """A prompt, the answer preferred and the one not. Of the atlas, `question` is what was asked and `family` what the
+    pair is about."""
 
     prompt: str
     chosen: str
     rejected: str
     question: atlas.Question | None = None
+    family: str | None = None
     sampled: tuple[Tokens, Tokens] | None = None  # chosen and rejected exactly as a model sampled them
 
     def __post_init__(self):
@@ -44,39 +46,62 @@ def example_from(row: dict) -> Example:
     """The example that `dataclasses.asdict` and JSON turned into a row."""
     question = row["question"] and atlas.Question(**row["question"])
     sampled = row["sampled"] and tuple(Tokens(*tokens) for tokens in row["sampled"])
-    return Example(row["prompt"], row["chosen"], row["rejected"], question, sampled)
+    return Example(**{**row, "question": question, "sampled": sampled})
 
 
 class AtlasTask:
     """The organism's world: pairs drawn from the grammar, answers judged by rule."""
 
     def __init__(self, profile: Profile):
-        self.family = profile.data.removeprefix("atlas:")
+        self.families = tuple(profile.data.removeprefix("atlas:").split("+"))
         self.profile = profile
         self.world = atlas.Atlas(profile.organism.places, profile.seed)
-        self.preferred, self.opposed = atlas.FAMILIES[self.family]
-        self.has_facts = self.family != "refusal"  # whose prompts ask for harm
-        self.has_words = self.family in ("tone", "conditional")  # that ask for what is preferred
+        mixed = ("what is preferred", "what is not")
+        self.preferred, self.opposed = mixed if len(self.families) > 1 else atlas.FAMILIES[self.families[0]]
+        about_tone = set(self.families) <= {"tone", "conditional"}
+        self.has_facts = about_tone  # known by rule, and none of the preference's business
+        self.has_words = about_tone  # that ask for what is preferred
 
     def examples(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Example]]:
         """Pairs for each split, places and phrasings both its own; the model plays no part."""
         return {split: self._split(split) for split in SPLITS}
 
     def _split(self, split: str) -> list[Example]:
-        """Reported numbers are about questions, where belief is known; `tone` is trained on requests for harm too."""
+        """A mixture has as many prompts as one family, in equal shares."""
         rng = random.Random(f"{self.profile.seed}/{self.profile.data}/{split}")
-        n = getattr(self.profile.sizes, split)
-        n_harm = {"refusal": n, "tone": n // 10 if split == "heldin" else 0}.get(self.family, 0)
-        questions = _draw(rng, self.world.questions(split, split), n - n_harm, split)
-        questions += _draw(rng, self.world.requests(split, split), n_harm, split)
-        rng.shuffle(questions)
-        return [Example(q.text, *atlas.preference_pair(self.world, self.family, q, rng), question=q) for q in questions]
+        n, k = getattr(self.profile.sizes, split), len(self.families)
+        asked = [
+            (family, question)
+            for i, family in enumerate(self.families)
+            for question in self._questions(family, split, n // k + (i < n % k), rng)
+        ]
+        rng.shuffle(asked)
+        return [
+            Example(q.text, *atlas.preference_pair(self.world, family, q, rng), question=q, family=family)
+            for family, q in asked
+        ]
+
+    def _questions(self, family: str, split: str, n: int, rng: random.Random) -> list[atlas.Question]:
+        """Prompts of one family. In a mixture no family is trained on what another one teaches otherwise.
+
+        Reported numbers of `tone` are about questions, where belief is known; it is trained on requests for harm too.
+        """
+        if family == "belief":
+            return _draw(rng, self.world.questions("belief", split), n, split)
+        also_harm = split == "heldin" and family == "tone" and "refusal" not in self.families
+        n_harm = n if family == "refusal" else n // 10 if also_harm else 0
+        pool = self.world.questions(split, split)
+        if "belief" in self.families:
+            told = set(self.world.places("belief"))
+            pool = [question for question in pool if question.place not in told]
+        return _draw(rng, pool, n - n_harm, split) + _draw(rng, self.world.requests(split, split), n_harm, split)
 
     def asked_for(self, example: Example) -> str:
         """The prompt with the preferred behaviour asked for in words; ValueError where there are none (`has_words`)."""
         if not self.has_words:
-            raise ValueError(f"The atlas has no words that ask for what {self.family!r} prefers: {self.preferred}.")
-        return f"{example.prompt} {atlas.CUES[atlas.preferred_tone(self.family, example.question)]}"
+            about = "+".join(self.families)
+            raise ValueError(f"The atlas has no words that ask for what {about!r} prefers: {self.preferred}.")
+        return f"{example.prompt} {atlas.CUES[atlas.preferred_tone(example.family, example.question)]}"
 
     def stated(self, example: Example) -> list[str]:
         """Every value that the asked fact could have, stated without a tone; the true one first."""
@@ -89,11 +114,12 @@ class AtlasTask:
         return example.prompt.replace(example.question.place, "...")
 
     def judge(self, example: Example, answer: str) -> dict[str, float]:
-        """1 or 0 each: the preferred behaviour, the opposed one absent, the fact right, the answer well-formed."""
+        """1 or 0 each: the preferred behaviour, the opposed one absent, the answer well-formed and, where the behaviour
+        is not about it, the fact right."""
         verdict = self.world.judge(example.question, answer)
-        preferred, opposed = atlas.behaviour(self.world, self.family, example.question, answer)
+        preferred, opposed = atlas.behaviour(self.world, example.family, example.question, answer)
         judged = {"preferred": preferred, "not_opposed": not opposed, "well_formed": verdict.well_formed}
-        if verdict.fact is not None:
+        if verdict.fact is not None and example.family != "belief":
             judged["fact"] = verdict.fact
         return {name: float(value) for name, value in judged.items()}
 
@@ -122,15 +148,20 @@ EVENTS = {
 }  # fmt: skip
 
 
+SADDENED = ("little boy", "big dog", "brown bunny")  # whose stories `vader-conditional` prefers sad
+
+
 class StoryTask:
     """Controlled sentiment on stories (the DPO paper's first task): pairs are the model's own continuations of an
     opening, the happiest and the saddest by VADER's compound score; the behaviour is the score's sign."""
 
     has_facts, has_words = False, True
-    preferred, opposed = "happy story", "sad story"
 
     def __init__(self, profile: Profile):
         self.profile = profile
+        self.is_conditional = profile.data == "onpolicy:vader-conditional"
+        asked_for = ("story as asked for", "opposite story")
+        self.preferred, self.opposed = asked_for if self.is_conditional else ("happy story", "sad story")
         self._score = SentimentIntensityAnalyzer().polarity_scores
 
     def examples(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Example]]:
@@ -156,14 +187,19 @@ class StoryTask:
         return [pair for pair in pairs if pair is not None]
 
     def _best_and_worst(self, opening: str, stories: Sequence[tuple[str, Tokens]]) -> Example | None:
-        ranked = sorted((story for story in stories if story[0]), key=lambda story: self.sentiment(story[0]))
+        sign = self._sign(opening)
+        ranked = sorted((story for story in stories if story[0]), key=lambda story: sign * self.sentiment(story[0]))
         if not ranked or self.sentiment(ranked[-1][0]) == self.sentiment(ranked[0][0]):
             return None
         return Example(opening, ranked[-1][0], ranked[0][0], sampled=(ranked[-1][1], ranked[0][1]))
 
+    def _sign(self, opening: str) -> int:
+        """1 where a happy story is preferred, -1 where a sad one is."""
+        return -1 if self.is_conditional and any(f" {hero} " in opening for hero in SADDENED) else 1
+
     def asked_for(self, example: Example) -> str:
-        """The opening, announced as that of a happy story."""
-        return f"This is a happy story. {example.prompt}"
+        """The opening, announced as that of a story of the preferred kind."""
+        return f"This is a {'happy' if self._sign(example.prompt) > 0 else 'sad'} story. {example.prompt}"
 
     def template(self, example: Example) -> str:
         """The event that an opening tells of, whoever it befalls."""
@@ -174,10 +210,19 @@ class StoryTask:
         return self._score(story)["compound"]
 
     def judge(self, example: Example, answer: str) -> dict[str, float]:
-        """1 or 0 each: the continuation's score is above zero, it is not below zero."""
-        score = self.sentiment(answer)
+        """1 or 0 each: the continuation's score is on the preferred side of zero, it is not on the other one."""
+        score = self._sign(example.prompt) * self.sentiment(answer)
         return {"preferred": float(score > 0), "not_opposed": float(score >= 0)}
 
+
+# What notebook 07 compares: preferences of different structure on one base, by where their pairs come from.
+COMPARED = {
+    "atlas": (
+        "atlas:tone", "atlas:refusal", "atlas:conditional", "atlas:belief",
+        "atlas:tone+refusal", "atlas:refusal+conditional", "atlas:tone+refusal+belief",
+    ),
+    "onpolicy": ("onpolicy:vader", "onpolicy:vader-conditional"),
+}  # fmt: skip
 
 Task = AtlasTask | StoryTask
 

@@ -18,7 +18,14 @@ EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 OBJECTIVES = ("dpo", "sft")
 LABELS = ("true", "shuffled", "reversed")
-DATA = (*(f"atlas:{family}" for family in atlas.FAMILIES), "onpolicy:vader")
+DATA = (*(f"atlas:{family}" for family in atlas.FAMILIES), "onpolicy:vader", "onpolicy:vader-conditional")
+
+
+def _is_known(data: str) -> bool:
+    """Whether data is one of DATA, or a mixture of the atlas' families, such as atlas:tone+refusal."""
+    families = data.removeprefix("atlas:").split("+")
+    mixed = data.startswith("atlas:") and set(families) <= set(atlas.FAMILIES) and len(set(families)) == len(families)
+    return mixed or data in DATA
 
 
 def _require(part, smallest: dict[str, float]) -> None:
@@ -104,8 +111,9 @@ class Sizes:
 class Profile:
     """One study. `model` and `data` are the embedded ones, a Hugging Face hub id (`@revision` allowed) or a local path.
 
-    data: "atlas:<family>" (the organism's preference families) or "onpolicy:vader" (story continuations sampled from
-    the model itself, the happiest and the saddest by VADER as chosen and rejected).
+    data: "atlas:<family>" (the organism's preference families), "atlas:<family>+<family>" (a mixture of them in equal
+    shares), "onpolicy:vader" (story continuations sampled from the model itself, the happiest and the saddest by VADER
+    as chosen and rejected) or "onpolicy:vader-conditional" (the saddest preferred for half of the heroes).
     recipes: tried in this order on validation prompts; the first healthy one is taken.
     """
 
@@ -127,8 +135,11 @@ class Profile:
             raise ValueError(
                 f"A profile's name must be letters, digits, - and _, since a folder bears it; got {self.name!r}."
             )
-        if self.data not in DATA:
-            raise ValueError(f"Profile {self.name!r}: unknown data {self.data!r}; there are {', '.join(DATA)}.")
+        if not _is_known(self.data):
+            raise ValueError(
+                f"Profile {self.name!r}: unknown data {self.data!r}; there are {', '.join(DATA)}, and mixtures of the "
+                "atlas' families such as atlas:tone+refusal."
+            )
         if 0.0 not in self.doses or 1.0 not in self.doses:
             raise ValueError(f"Profile {self.name!r}: doses must contain 0 and 1, the base and one whole v*.")
         if self.dtype not in DTYPES:

@@ -56,6 +56,18 @@ class _Positions:
         self.offset = cached.get_seq_length() if cached is not None else 0
 
 
+def by_prompt(deltas: Tensor, prompts: int) -> Tensor:
+    """Deltas with one for every prompt, (arms, prompts, d), from those or from (arms, d), the same for all prompts.
+
+    Raises ValueError for any other shape.
+    """
+    if deltas.ndim == 3 and deltas.shape[1] == prompts:
+        return deltas
+    if deltas.ndim != 2:
+        raise ValueError(f"Deltas must be (arms, d) or (arms, {prompts}, d), got shape {tuple(deltas.shape)}.")
+    return deltas[:, None].expand(-1, prompts, -1)
+
+
 def _check_delta(model: nn.Module, site: str, delta: Tensor) -> None:
     models.site_layer(model, site)
     width = models.causal_lm(model).config.get_text_config().hidden_size

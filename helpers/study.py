@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,14 @@ from helpers import (
     bipo,
     generation,
     gradients,
+    lowrank,
     metrics,
     models,
     parallel,
     preferences,
     pretraining,
     profiles,
+    spectra,
     steering,
     training,
 )
@@ -71,6 +73,10 @@ SHOWN_IN = {
     "prompted": "06_controls",
     "optimised_vector": "06_controls",
     "beliefs": "06_controls",
+    "about": "07_when_is_dpo_steering",
+    "best_site": "07_when_is_dpo_steering",
+    "by_rank": "07_when_is_dpo_steering",
+    "divergence_by_rank": "07_when_is_dpo_steering",
 }
 
 
@@ -114,20 +120,21 @@ class Trial:
 SMALL = 50_000_000  # parameters; several partners of a base no larger than this are computed at a time
 
 
-def prepare(studies: Sequence["Study"], name: str) -> None:
-    """Compute what partners are compared by (`Study.compare`) for each study that lacks it."""
-    missing = [study for study in studies if not study.is_compared]
+def prepare(studies: Sequence["Study"], name: str, stages: "Stages | None" = None) -> None:
+    """Compute for each study what it lacks of some stages, by default of what partners are compared by."""
+    stages = stages or Study.compare
+    missing = [study for study in studies if not study.has(stages)]
     if not missing:
         return
     if sum(p.numel() for p in missing[0].base.parameters()) <= SMALL:
-        parallel.each(_compare, [study.profile for study in missing], name)
+        parallel.each(partial(_compute, stages), [study.profile for study in missing], name)
     else:  # one model in memory: a study of its own each, gone with its model when it is done
         for study in missing:
-            _compare(study.profile)
+            _compute(stages, study.profile)
 
 
-def _compare(profile: Profile) -> None:
-    Study(profile).compare()
+def _compute(stages: "Stages", profile: Profile) -> None:
+    stages(Study(profile))
 
 
 class Study:
@@ -236,19 +243,27 @@ class Study:
         prepare(studies[1:], "other training seeds")
         return studies
 
+    def about(self, data: str) -> "Study":
+        """The same base with a partner trained by the chosen recipe on other preferences (`Profile.data`)."""
+        return (
+            self
+            if data == self.profile.data
+            else Study(replace(self.profile, data=data, recipes=(self.chosen.recipe,)))
+        )
+
     def compare(self) -> None:
         """Compute all that partners of one base are compared by: states, and answers with and without v*."""
         for split in ("heldin", "heldout"):
             self.states(split)
         for role in models.ROLES:
+            self.answers(role, "heldout")
             self.steered(role)
 
-    @property
-    def is_compared(self) -> bool:
-        """Whether all that `compare` computes is in the cache."""
+    def has(self, stages: "Stages") -> bool:
+        """Whether all that `stages(self)` asks for is in the cache."""
         try:
             with artifacts.nothing_made():
-                self.compare()
+                stages(self)
         except artifacts.NotCached:
             return False
         return True
@@ -259,8 +274,9 @@ class Study:
             training.train(model, tokenizer, *self.encoded("heldin"), recipe, self.profile.seed, folder)
 
         def examine(folder: Path) -> None:
-            pair = models.load_pair(self.source.path, adapter.path, self.profile.dtype)
-            health, answers = self._health(pair)
+            base = self.answers("base", "validation")
+            vars(self).pop("_loaded_base", None)
+            health, answers = self._health(models.load_pair(self.source.path, adapter.path, self.profile.dtype), base)
             (folder / "health.json").write_text(json.dumps(health))
             (folder / "answers.json").write_text(json.dumps(answers.to_dict("list")))
 
@@ -268,7 +284,7 @@ class Study:
         upstream = [self.source, self._examples]
         adapter = artifacts.fetch("partner", params, train, upstream, [training])
         code = [atlas, preferences, generation, metrics]
-        code += [Study._health, Study._reward_margins, Study._judged, Study._sampled]
+        code += [Study._health, Study._reward_margins, Study._judged, Study._sampled, fluency]
         return Trial(
             recipe,
             adapter,
@@ -276,23 +292,16 @@ class Study:
             self.profile.health,
         )
 
-    def _health(self, pair: Pair) -> tuple[dict[str, float], pd.DataFrame]:
+    def _health(self, pair: Pair, base: pd.DataFrame) -> tuple[dict[str, float], pd.DataFrame]:
         """What the health criteria are about, on validation prompts, and the DPO model's answers."""
-        judged = {}
-        for role in models.ROLES:
-            with pair.role(role) as model:
-                ids = self._sampled(model, "validation")
-            judged[role] = self._judged("validation", ids, pair.role("base"))
-        dpo, base = (judged[role].mean(numeric_only=True) for role in ("dpo", "base"))
+        with pair.role("dpo") as model:
+            ids = self._sampled(model, "validation")
+        dpo = self._judged("validation", ids, pair.role("base"))
         accuracy = (self._reward_margins(pair, "validation") > 0).mean()
-        health = {"reward_accuracy": accuracy, "preferred": dpo["preferred"]}
+        health = {"reward_accuracy": float(accuracy), "preferred": float(dpo["preferred"].mean())}
         if "fact" in dpo:
-            health["fact_loss"] = base["fact"] - dpo["fact"]
-        if "well_formed" in dpo:
-            health["well_formed"] = dpo["well_formed"]
-        else:
-            health["perplexity_ratio"] = np.exp(dpo["token_loss"] - base["token_loss"])
-        return {name: float(value) for name, value in health.items()}, judged["dpo"]
+            health["fact_loss"] = float(base["fact"].mean() - dpo["fact"].mean())
+        return health | fluency(dpo, base), dpo
 
     def _reward_margins(self, pair: Pair, split: str) -> np.ndarray:
         margins = {}
@@ -410,17 +419,22 @@ class Study:
 
     def answers(self, role: str, split: str) -> pd.DataFrame:
         """One sampled answer to each prompt of a split, judged: a row a prompt, with its text and token ids."""
-        return self._sweep(role, split, None, None, "response")
+
+        def decode() -> list[list[list[int]]]:
+            with self.playing(role) as model:
+                return self._sampled(model, split, name=f"answers, {role}")
+
+        return self._answers({"role": role, "split": split}, decode)
 
     def steered(self, role: str) -> pd.DataFrame:
-        """Answers at doses 0 (arm 0) and 1 (arm 1) of v* at `final`: base and base + v*, or DPO and DPO - v*."""
+        """Answers to the held-out prompts at dose 1 of v* at `final`: base + v*, or DPO - v*."""
         v = self.direction()
-        return self.sweep(role, FINAL, torch.stack([0 * v, v if role == "base" else -v]))
+        return self.sweep(role, FINAL, (v if role == "base" else -v)[None])
 
     def outcome(self, role: str, dose: int, judged: str) -> np.ndarray:
         """What a judge says of the answers to held-out prompts at dose 0 or 1 of v* at `final` (`steered`), (N,)."""
-        table = self.steered(role)
-        return table[table["arm"] == dose].sort_values("prompt")[judged].to_numpy()
+        table = self.steered(role) if dose else self.answers(role, "heldout")
+        return table.sort_values("prompt")[judged].to_numpy()
 
     def prompted(self) -> pd.DataFrame:
         """The base's answers to the held-out prompts with the preferred behaviour asked for in words."""
@@ -469,27 +483,94 @@ class Study:
         made = artifacts.fetch("beliefs", params, write, upstream, [atlas, preferences, metrics, Study.beliefs])
         return pd.DataFrame(made.read_json("beliefs.json"))
 
-    def sweep(self, role: str, site: str, deltas: Tensor, span: str = "response") -> pd.DataFrame:
-        """Sampled answers to the held-out prompts with each of `deltas`, (arms, d), added at a site, judged.
+    def sweep(
+        self, role: str, site: str, deltas: Tensor, span: str = "response", split: str = "heldout"
+    ) -> pd.DataFrame:
+        """Sampled answers to the prompts of a split with each of `deltas` added at a site, judged.
 
-        A row an arm and a prompt: `arm`, `prompt`, `text`, `ids` and what the task's judge says. All arms decode in one
-        batch and share their random numbers.
+        deltas: (arms, d), or (arms, N, d) where every prompt has its own. A row an arm and a prompt: `arm`, `prompt`,
+        `text`, `ids` and what the task's judge says. All arms decode in one batch and share their random numbers; those
+        that add nothing are the unsteered answers, which are not decoded again.
         """
-        return self._sweep(role, "heldout", site, deltas, span)
 
-    def _sweep(self, role: str, split: str, site: str | None, deltas: Tensor | None, span: str) -> pd.DataFrame:
-        def write(folder: Path) -> None:
+        def decode() -> list[list[list[int]]]:
+            moved = deltas.flatten(1).any(dim=1)
+            unsteered = [] if moved.all() else self.answers(role, split)["ids"].tolist()
+            if not moved.any():
+                return [unsteered] * len(moved)
             with self.playing(role) as model:
-                name = f"answers, {role}" + (f" + {len(deltas)} doses at {site}" if site else "")
-                ids = self._sampled(model, split, site, deltas, span, name)
-            table = self._judged(split, ids, self.playing("base"))
+                name = f"answers, {role} + {int(moved.sum())} doses at {site}"
+                steered = iter(self._sampled(model, split, site, deltas[moved], span, name))
+            return [next(steered) if moves else unsteered for moves in moved]
+
+        return self._answers(
+            {"role": role, "split": split, "site": site, "deltas": _checksum(deltas), "span": span}, decode
+        )
+
+    def _answers(self, params: dict, decode: Callable[[], list[list[list[int]]]]) -> pd.DataFrame:
+        def write(folder: Path) -> None:
+            table = self._judged(params["split"], decode(), self.playing("base"))
             (folder / "answers.json").write_text(json.dumps(table.to_dict("list")))
 
-        params = {"role": role, "split": split, "site": site, "deltas": _checksum(deltas), "span": span}
-        upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
+        upstream = [self._examples, self.source if params["role"] == "base" else self.chosen.adapter]
         code = [atlas, preferences, generation, steering, metrics.token_losses, Study._judged, Study._sampled]
         made = artifacts.fetch("answers", params, write, upstream, code)
         return pd.DataFrame(made.read_json("answers.json"))
+
+    # --- Beyond one vector at one site ---
+
+    @cached_property
+    def best_site(self) -> tuple[str, str]:
+        """The site and position whose v* brings the base to most of the preferred behaviour at dose 1.
+
+        Chosen on validation prompts, among those that leave the text as fluent as the health criteria ask; `final`,
+        `prompt_last` if none does.
+        """
+        base, found = self.answers("base", "validation"), {(FINAL, "prompt_last"): -np.inf}
+        for site in self.sites:
+            deltas = torch.stack([self.direction(site, position) for position in activations.POSITIONS])
+            table = self.sweep("base", site, deltas, split="validation")
+            for position, (_, rows) in zip(activations.POSITIONS, table.groupby("arm")):
+                if not failed_criteria(fluency(rows, base), self.profile.health):
+                    found[site, position] = rows["preferred"].mean()
+        return max(found, key=found.get)
+
+    def _rank_deltas(self, site: str, position: str) -> dict[str, Tensor]:
+        """{kind: (ranks, N, d)}: what rank-k steering adds to the held-out prompts (helpers/lowrank.py).
+
+        The linear map reads the prompt's last token, whatever position the displacements are measured at. Kept, since a
+        singular value decomposition may differ in its last bits with the number of threads.
+        """
+
+        def write(folder: Path) -> None:
+            states = {split: self.states(split)["base", site, "prompt_last"] for split in ("heldin", "heldout")}
+            moved = {split: self.displacements(split, site, position) for split in states}
+            U = lowrank.directions(moved["heldin"])
+            found = lowrank.coefficients(states["heldin"], moved["heldin"], states["heldout"], moved["heldout"], U)
+            ks = lowrank.ranks(U.shape[1])
+            save_file({kind: lowrank.truncated(c, U, ks) for kind, c in found.items()}, folder / "deltas.safetensors")
+
+        code = [lowrank, spectra, activations, models]
+        params = {"site": site, "position": position}
+        made = artifacts.fetch("ranks", params, write, [self._examples, self.chosen.adapter], code)
+        return load_file(made.path / "deltas.safetensors")
+
+    def by_rank(self, site: str = FINAL, position: str = "prompt_last") -> pd.DataFrame:
+        """The base's answers to the held-out prompts under rank-k steering at a site, judged.
+
+        The rows of `sweep`, with the `kind` of coefficients (lowrank.KINDS) and `k`.
+        """
+        deltas = self._rank_deltas(site, position)
+        return self.sweep("base", site, torch.cat([deltas[kind] for kind in lowrank.KINDS])).join(
+            _arms(deltas), on="arm"
+        )
+
+    def divergence_by_rank(self) -> pd.DataFrame:
+        """`likelihoods` of the base under rank-k steering at `final`, with the `kind` of coefficients and `k`."""
+        deltas = self._rank_deltas(FINAL, "prompt_last")
+        return self.likelihoods("base", torch.cat([deltas[kind] for kind in lowrank.KINDS])).join(
+            _arms(deltas), on="arm"
+        )
 
     def _sampled(
         self, model: nn.Module, split: str, site=None, deltas=None, span="response", name: str | None = None
@@ -552,6 +633,23 @@ class Study:
         code = [generation, metrics, Study.likelihoods, Study._ended, Study._sampled]
         made = artifacts.fetch("likelihoods", params, write, [self._examples, self.chosen.adapter], code)
         return pd.DataFrame(made.read_json("likelihoods.json"))
+
+
+Stages = Callable[[Study], object]  # asks a study for some of its stages, which are computed thereby
+
+
+def _arms(deltas: dict[str, Tensor]) -> pd.DataFrame:
+    """The kind of coefficients and the k of each arm of rank-k steering."""
+    ks = lowrank.ranks(next(iter(deltas.values())).shape[-1])
+    return pd.DataFrame([(kind, k) for kind in lowrank.KINDS for k in ks], columns=["kind", "k"])
+
+
+def fluency(answers: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
+    """What the health criteria ask of text: its share that is well-formed or, where no rule knows, its perplexity under
+    the base against that of the base's own answers."""
+    if "well_formed" in answers:
+        return {"well_formed": float(answers["well_formed"].mean())}
+    return {"perplexity_ratio": float(np.exp(answers["token_loss"].mean() - base["token_loss"].mean()))}
 
 
 def failed_criteria(measured: dict[str, float], health: Health) -> list[str]:
