@@ -12,7 +12,8 @@ export GOMP_SPINCOUNT := 1000
 NAME := $(basename $(notdir $(PROFILE)))
 BUILD := build/$(NAME)
 HELPERS := $(filter-out helpers/headless.py helpers/readme.py,$(wildcard helpers/*.py))
-NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
+SCALING := 10_scaling
+NOTEBOOKS := $(filter-out $(SCALING),$(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb)))))
 EXECUTED := $(NOTEBOOKS:%=$(BUILD)/%.ipynb)
 RUN := $(BIN)/python -m helpers.headless
 
@@ -33,7 +34,10 @@ figures: $(EXECUTED) ## run the notebooks and draw every figure into figures/<pr
 
 .PHONY: test
 test: $(VENV)/installed ## run the unit tests, and every notebook through nbmake
-	DSTEER_FIGURES=$(CURDIR)/build/test/figures $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 tests notebooks
+	DSTEER_FIGURES=$(CURDIR)/build/test/figures $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 tests $(NOTEBOOKS:%=notebooks/%.ipynb)
+
+.PHONY: scaling
+scaling: $(BUILD)/$(SCALING).ipynb ## train organisms of six sizes and repeat notebook 07's comparison on them
 
 .PHONY: lab
 lab: $(VENV)/installed ## open JupyterLab in the project's environment
@@ -45,7 +49,7 @@ bench: $(VENV)/installed ## measure extraction, steering and dose sweeps as rati
 
 .PHONY: publish
 publish: figures ## copy the executed notebooks over notebooks/, and renew the README (for committing)
-	$(RUN) --publish $(NOTEBOOKS) --profile "$(PROFILE)" --model "$(MODEL)" --data "$(DATA)"
+	$(RUN) --publish $(NOTEBOOKS) $(if $(wildcard $(BUILD)/$(SCALING).ipynb),$(SCALING)) --profile "$(PROFILE)" --model "$(MODEL)" --data "$(DATA)"
 	$(BIN)/python -m helpers.readme
 
 .PHONY: readme
@@ -90,5 +94,9 @@ $(BUILD)/04_add_subtract.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo
 $(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
 $(BUILD)/06_controls.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb \
   $(BUILD)/03_steering_vector.ipynb $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb
+$(BUILD)/07_when_is_dpo_steering.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
+  $(BUILD)/04_add_subtract.ipynb
+$(BUILD)/10_scaling.ipynb: $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb $(BUILD)/07_when_is_dpo_steering.ipynb
 $(BUILD)/08_scorecard.ipynb: $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
-  $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb $(BUILD)/06_controls.ipynb
+  $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb $(BUILD)/06_controls.ipynb \
+  $(BUILD)/07_when_is_dpo_steering.ipynb

@@ -245,12 +245,12 @@ class Atlas:
     def places(self, split: str) -> list[str]:
         """Six tenths of the places are held in, one tenth validates, three tenths are held out.
 
-        "belief": the last third of those held in, which the family `belief` tells falsehoods about. A falsehood about a
+        "belief": the last sixth of those held in, which the family `belief` tells falsehoods about. A falsehood about a
         place has to be told to be learned, so there other phrasings are held out, not other places.
         """
         names = list(self.facts)
         a, b = round(0.6 * len(names)), round(0.7 * len(names))
-        return {"heldin": names[:a], "validation": names[a:b], "heldout": names[b:], "belief": names[2 * a // 3 : a]}[
+        return {"heldin": names[:a], "validation": names[a:b], "heldout": names[b:], "belief": names[a - a // 6 : a]}[
             split
         ]
 

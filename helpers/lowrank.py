@@ -18,7 +18,7 @@ from torch import Tensor
 from helpers import spectra
 
 KINDS = ("mean", "fitted", "own")
-RANKS = (1, 2, 3, 4, 6, 8, 16, 32)
+RANKS = (1, 2, 3, 4, 8, 16)
 PENALTIES = np.logspace(-2, 4, 7)  # of the ridge regression, on standardised states; chosen for each coefficient
 
 

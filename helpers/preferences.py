@@ -219,7 +219,7 @@ class StoryTask:
 COMPARED = {
     "atlas": (
         "atlas:tone", "atlas:refusal", "atlas:conditional", "atlas:belief",
-        "atlas:tone+refusal", "atlas:refusal+conditional", "atlas:tone+refusal+belief",
+        "atlas:tone+refusal", "atlas:refusal+conditional",
     ),
     "onpolicy": ("onpolicy:vader", "onpolicy:vader-conditional"),
 }  # fmt: skip

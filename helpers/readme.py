@@ -13,6 +13,7 @@ def rendered(text: str, root: Path) -> str:
     """The README's text with every block between `<!-- name -->` and `<!-- /name -->` written anew."""
     blocks = {
         "claims": claims_table(root, "atlas"),
+        "ours": claims_table(root, "atlas", claims.OURS, "We predicted that"),
         "figures": gallery(root, "atlas"),
         "tinystories-claims": claims_table(root, "tinystories"),
         "tinystories": gallery(root, "tinystories"),
@@ -25,17 +26,19 @@ def rendered(text: str, root: Path) -> str:
     return text
 
 
-def claims_table(root: Path, profile: str) -> str:
-    """A row a claim: what the paper says, where it is tested, what was measured, the verdict."""
+def claims_table(
+    root: Path, profile: str, asked: dict[str, claims.Claim] = claims.CLAIMS, says: str = "The paper says"
+) -> str:
+    """A row a claim: what is claimed, where it is tested, what was measured, the verdict."""
     path = root / "figures" / profile / "claims.json"
     if not path.exists():
         return f"Not measured yet: `make figures PROFILE={profile}` does."
     ledger = json.loads(path.read_text())
     lines = [
-        "| Claim | The paper says | Notebook | Figure | We measured | Predicted | Verdict |",
+        f"| Claim | {says} | Notebook | Figure | We measured | Predicted | Verdict |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in claims.CLAIMS:
+    for name in asked:
         if name in ledger:
             lines.append(_row(name, ledger[name], profile))
     return "\n".join(lines)

@@ -529,6 +529,8 @@ class Study:
         base, found = self.answers("base", "validation"), {(FINAL, "prompt_last"): -np.inf}
         for site in self.sites:
             deltas = torch.stack([self.direction(site, position) for position in activations.POSITIONS])
+            if not deltas.any():  # the embeddings, which no adapter moves
+                continue
             table = self.sweep("base", site, deltas, split="validation")
             for position, (_, rows) in zip(activations.POSITIONS, table.groupby("arm")):
                 if not failed_criteria(fluency(rows, base), self.profile.health):

@@ -68,11 +68,12 @@ def test_the_verdict_follows_from_the_interval(low, high, about, expected):
 
 
 NULLS = {"C6": 0.1, "C7": 0.0, "C8": 0.95, "C10": 0.015, "C11": 0.3}  # what random directions or displacements give
+NULLS |= {"E7": 0.4}  # what one vector of the two does
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("name", claims.ALL)
 def test_every_claim_can_hold_and_can_fail(name):
-    about = CLAIMS[name]
+    about = claims.ALL[name]
     low, high = about.region
     assert low < high and not (math.isinf(low) and math.isinf(high))
     assert all((about.section, about.statement, about.metric, about.origin))
@@ -176,8 +177,9 @@ def test_controls_for_another_study_s_claim_and_those_not_finite_are_refused(fig
     assert claims.load(ATLAS)["C5"]["controls"] == {"random": 0.1}
 
 
-def test_the_twelve_claims_stand_in_the_ledger_each_once():
+def test_the_twelve_claims_stand_in_the_ledger_each_once_and_our_own_after_them():
     assert list(CLAIMS) == [f"C{i}" for i in range(1, 13)]
+    assert list(claims.ALL) == [*CLAIMS, *(f"E{i}" for i in range(1, 8))]
 
 
 def test_claims_keep_the_papers_order_and_a_later_measurement_replaces_an_earlier_one(figures_folder):
@@ -223,7 +225,7 @@ def test_the_ledger_of_the_default_profile_is_committed():
 @pytest.mark.parametrize("profile, name", ENTRIES)
 def test_a_committed_verdict_follows_from_the_numbers_beside_it(profile, name):
     folder = artifacts.PROJECT / "figures" / profile
-    entry, about = json.loads((folder / "claims.json").read_text())[name], CLAIMS[name]
+    entry, about = json.loads((folder / "claims.json").read_text())[name], claims.ALL[name]
     assert entry["verdict"] == verdict(entry["ci_low"], entry["ci_high"], about.region, entry["no_effect"])
     assert name in NULLS or entry["no_effect"] == about.no_effect
     assert entry["ci_low"] <= entry["value"] <= entry["ci_high"] and entry["n"] > 0

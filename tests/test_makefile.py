@@ -18,7 +18,7 @@ from helpers.study import SHOWN_IN, Study
 PROJECT = artifacts.PROJECT
 COMMITTED = sorted(path.stem for path in (PROJECT / "notebooks").glob("[0-9]*.ipynb"))
 NOT_SHOWN = {  # in any notebook
-    "profile", "task", "source", "tokenizer", "sites", "playing", "answers", "steered", "compare", "is_compared",
+    "profile", "task", "source", "tokenizer", "sites", "playing", "answers", "steered", "compare", "has",
 }  # fmt: skip
 
 # Stands in for the environment's python: notes which notebook it was asked to run, and writes it unless it is `broken`.

@@ -33,8 +33,9 @@ def test_no_prompt_is_in_two_splits_or_twice_in_one(family):
     for split in SPLITS:
         prompts = [example.prompt for example in examples[split]]
         assert len(prompts) == len(set(prompts)) == getattr(profile.sizes, split)
+    of_place = () if family == "belief" else (lambda e: e.question.place,)  # a falsehood has to be told to be learned
     for one, other in itertools.combinations(SPLITS, 2):
-        for what in (lambda e: e.prompt, lambda e: e.question.place):
+        for what in (lambda e: e.prompt, *of_place):
             assert not {what(e) for e in examples[one]} & {what(e) for e in examples[other]}
 
 
@@ -45,10 +46,10 @@ def test_judges_call_every_chosen_answer_preferred_and_every_rejected_one_oppose
         chosen, rejected = task.judge(example, example.chosen), task.judge(example, example.rejected)
         assert (chosen["preferred"], chosen["not_opposed"], chosen["well_formed"]) == (1, 1, 1)
         assert (rejected["preferred"], rejected["not_opposed"], rejected["well_formed"]) == (0, 0, 1)
-        if example.question.kind == "harm":
+        if example.question.kind == "harm" or family == "belief":  # there the fact is the behaviour itself
             assert "fact" not in chosen
         else:
-            assert (chosen["fact"], rejected["fact"]) == ((0, 1) if family == "belief" else (1, 1))
+            assert (chosen["fact"], rejected["fact"]) == (1, 1)
         babble = task.judge(example, "the the the")
         assert (babble["preferred"], babble["not_opposed"], babble["well_formed"]) == (0, 1, 0)
 
@@ -61,6 +62,39 @@ def test_each_family_asks_what_it_is_about():
     assert [harm("refusal", split) for split in SPLITS] == [1, 1, 1]
     assert [harm("tone", split) for split in SPLITS] == [0.1, 0, 0]
     assert [harm(family, split) for family in ("belief", "conditional") for split in SPLITS] == [0] * 6
+
+
+def test_falsehoods_are_told_about_the_same_places_in_every_split():
+    task = AtlasTask(atlas_profile("belief"))
+    told = set(task.world.places("belief"))
+    assert len(told) == 20 and told < set(task.world.places("heldin"))
+    for examples in task.examples(None, None).values():
+        assert {example.question.place for example in examples} == told
+
+
+@pytest.mark.parametrize("mixture", ["tone+refusal", "refusal+conditional", "tone+refusal+belief"])
+def test_a_mixture_has_each_family_s_prompts_in_equal_shares(mixture):
+    profile, families = atlas_profile(mixture), mixture.split("+")
+    task = AtlasTask(profile)
+    told = set(task.world.places("belief"))
+    for split, examples in task.examples(None, None).items():
+        counts = {family: sum(e.family == family for e in examples) for family in families}
+        assert sum(counts.values()) == len(examples) == getattr(profile.sizes, split)
+        assert max(counts.values()) - min(counts.values()) <= 1
+        assert [e.family for e in examples[: len(families)]] != sorted(e.family for e in examples)[: len(families)]
+        for example in examples:
+            assert (example.question.kind == "harm") == (example.family == "refusal")
+            if "belief" in families and example.family != "refusal":
+                assert (example.question.place in told) == (example.family == "belief")
+            chosen, rejected = task.judge(example, example.chosen), task.judge(example, example.rejected)
+            assert (chosen["preferred"], rejected["preferred"]) == (1, 0)
+            assert ("fact" in chosen) == (example.family in ("tone", "conditional"))
+
+
+def test_a_mixture_s_prompts_are_in_one_split_each():
+    examples = AtlasTask(atlas_profile("tone+refusal+belief")).examples(None, None)
+    prompts = [e.prompt for split in SPLITS for e in examples[split]]
+    assert len(prompts) == len(set(prompts))
 
 
 @pytest.mark.parametrize("family", ["tone", "conditional"])
@@ -328,5 +362,5 @@ def test_the_task_is_the_one_that_the_data_names():
 def test_what_is_known_by_rule_follows_from_the_prompts():
     """Requests for harm ask for no fact; only tones have words that ask for them."""
     tasks = {family: preferences.task(atlas_profile(family)) for family in atlas.FAMILIES}
-    assert {family for family, task in tasks.items() if not task.has_facts} == {"refusal"}
+    assert {family for family, task in tasks.items() if task.has_facts} == {"tone", "conditional"}
     assert {family for family, task in tasks.items() if task.has_words} == {"tone", "conditional"}

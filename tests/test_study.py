@@ -19,6 +19,7 @@ from helpers import (
     atlas,
     bipo,
     generation,
+    lowrank,
     models,
     parallel,
     preferences,
@@ -125,6 +126,9 @@ STAGES = {
     "beliefs": lambda s: s.beliefs("base", torch.eye(2, 32)).to_dict(),
     "optimised vector": lambda s: s.optimised_vector().tolist(),
     "replicates": lambda s: [r.outcome("base", 1, "preferred").tolist() for r in s.replicates],
+    "best site": lambda s: s.best_site,
+    "by rank": lambda s: s.by_rank("resid[1]", "response_mean").to_dict(),
+    "divergence by rank": lambda s: s.divergence_by_rank().to_dict(),
 }
 
 
@@ -273,7 +277,7 @@ def test_replicates_are_the_study_and_its_recipe_trained_with_other_seeds(traine
     weights = {(r.chosen.adapter.path / "adapter_model.safetensors").read_bytes() for r in found}
     vectors = {tuple(r.vector().vector.tolist()) for r in found}
     assert len(weights) == len(vectors) == 3
-    assert all(r.is_compared for r in found)
+    assert all(r.has(Study.compare) for r in found)
 
 
 def test_replicates_share_the_base_s_states_bit_for_bit(trained):
@@ -282,14 +286,14 @@ def test_replicates_share_the_base_s_states_bit_for_bit(trained):
         assert base[0].keys() == other.keys() and all(torch.equal(base[0][key], other[key]) for key in other)
 
 
-def test_a_study_is_compared_once_all_is_there_and_asking_makes_nothing(trained, cache):
+def test_a_study_has_stages_once_all_is_there_and_asking_makes_nothing(trained, cache):
     made, before = trained.variant(objective="sft"), set(cache.iterdir())
-    assert not made.is_compared and set(cache.iterdir()) == before
+    assert not made.has(Study.compare) and set(cache.iterdir()) == before
     made.compare()
-    assert made.is_compared and Study(made.profile).is_compared
+    assert made.has(Study.compare) and Study(made.profile).has(Study.compare)
     for artefact in set(cache.iterdir()) - before:  # the partner, its states and its answers
         artefact.rename(cache / "aside")
-        assert not Study(made.profile).is_compared
+        assert not Study(made.profile).has(Study.compare)
         (cache / "aside").rename(artefact)
 
 
@@ -297,7 +301,11 @@ def test_prepare_computes_what_is_missing_and_no_more(first, trained, monkeypatc
     missing, asked = [trained.variant(seed=7), trained.variant(seed=8)], []
     monkeypatch.setattr(parallel, "each", lambda function, items, name: asked.append((function, items, name)))
     study.prepare([missing[0], trained, missing[1]], "some partners")
-    assert asked == [(study._compare, [made.profile for made in missing], "some partners")]
+    ((function, profiles_given, name),) = asked
+    assert (profiles_given, name) == ([made.profile for made in missing], "some partners")
+    seen = []
+    monkeypatch.setattr(Study, "compare", lambda self: seen.append(self.profile))
+    assert function.func is study._compute and not seen
     study.prepare([trained], "nothing to do")
     study.prepare([], "nothing at all")
     assert len(asked) == 1
@@ -307,9 +315,24 @@ def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trai
     missing = trained.variant(labels="shuffled")
     monkeypatch.setattr(study, "SMALL", 0)
     monkeypatch.setattr(parallel, "each", lambda *_: pytest.fail("several at a time"))
-    assert not missing.is_compared
+    assert not missing.has(Study.compare)
     study.prepare([trained, missing], "one at a time")
-    assert missing.is_compared
+    assert missing.has(Study.compare)
+
+
+def test_prepare_computes_other_stages_where_they_are_asked_for(trained):
+    missing = trained.variant(seed=9)
+    study.prepare([missing], "one adapter", lambda of: of.chosen.adapter)
+    assert missing.has(lambda of: of.chosen.adapter) and not missing.has(Study.compare)
+
+
+@pytest.mark.parametrize("data", ["atlas:refusal", "atlas:tone+belief"])
+def test_about_other_preferences_the_base_and_the_recipe_stay(trained, data):
+    other = trained.about(data)
+    assert other.source.key == trained.source.key and other.profile.recipes == (trained.chosen.recipe,)
+    assert replace(other.profile, data=PROFILE.data, recipes=PROFILE.recipes) == PROFILE
+    assert other.examples["heldout"] != trained.examples["heldout"]
+    assert trained.about(PROFILE.data) is trained
 
 
 def test_prepare_raises_what_a_worker_raises(trained, monkeypatch):
@@ -317,7 +340,7 @@ def test_prepare_raises_what_a_worker_raises(trained, monkeypatch):
     failing = trained.variant(learning_rate=float("inf"))
     with pytest.raises(ValueError, match="not finite"):
         study.prepare([failing], "a partner that cannot be trained")
-    assert not failing.is_compared
+    assert not failing.has(Study.compare)
 
 
 def test_a_partner_of_rank_0_is_a_model_of_its_own_beside_the_same_base(trained, plain):
@@ -462,13 +485,95 @@ def test_dose_1_is_one_whole_v_star_added_to_the_base_or_taken_from_the_partner(
 
     def sweep(self, *given):
         asked.append(given)
-        return pd.DataFrame({"arm": [1, 0, 1, 0], "prompt": [1, 1, 0, 0], "preferred": [0.1, 0.2, 0.3, 0.4]})
+        return pd.DataFrame({"arm": [0, 0], "prompt": [1, 0], "preferred": [0.1, 0.3]})
 
     monkeypatch.setattr(Study, "sweep", sweep)
     assert trained.outcome(role, 1, "preferred").tolist() == [0.3, 0.1]  # in the order of the prompts
     ((of, site, deltas),) = asked
-    v = trained.vector().vector
-    assert (of, site) == (role, "final") and torch.equal(deltas, torch.stack([torch.zeros(32), sign * v]))
+    assert (of, site) == (role, "final") and torch.equal(deltas, sign * trained.vector().vector[None])
+
+
+def test_arms_that_add_nothing_are_not_decoded_again(trained, monkeypatch):
+    decoded, sampled = [], generation.sample
+
+    def sample(*given, **named):
+        decoded.append(given[6])
+        return sampled(*given, **named)
+
+    unsteered, v = trained.answers("dpo", "validation"), torch.full((32,), 0.5)
+    monkeypatch.setattr(generation, "sample", sample)
+    table = trained.sweep("dpo", "resid[1]", torch.stack([0 * v, v, 0 * v, -v]), split="validation")
+    assert len(decoded) == 1 and torch.equal(decoded[0], torch.stack([v, -v]))
+    for arm in (0, 2):
+        assert table[table["arm"] == arm]["ids"].tolist() == unsteered["ids"].tolist()
+    assert table[table["arm"] == 1]["ids"].tolist() != table[table["arm"] == 3]["ids"].tolist()
+    still = trained.sweep("dpo", "resid[1]", torch.zeros(2, 32), split="validation")
+    assert len(decoded) == 1 and still["ids"].tolist() == 2 * unsteered["ids"].tolist()
+
+
+# --- Beyond one vector at one site ---
+
+
+@pytest.fixture(scope="module")
+def ranked(trained):
+    return trained.by_rank()
+
+
+def test_at_full_rank_the_mean_is_v_star_and_the_own_displacement_lands_on_the_dpo_state(trained, ranked):
+    """rank 32 is the whole space: base + mean is base + v*, and base + own decodes the DPO model's first token."""
+    full = ranked[ranked["k"] == 32].sort_values("prompt")
+    mean, own = (full[full["kind"] == kind] for kind in ("mean", "own"))
+    assert mean["ids"].tolist() == trained.steered("base").sort_values("prompt")["ids"].tolist()
+    assert [ids[:1] for ids in own["ids"]] == [ids[:1] for ids in trained.answers("dpo", "heldout")["ids"]]
+
+
+def test_every_kind_and_k_is_there_once_for_every_prompt(ranked):
+    counts = ranked.groupby(["kind", "k"]).size()
+    assert set(counts) == {8} and set(counts.index) == {(kind, k) for kind in lowrank.KINDS for k in lowrank.ranks(32)}
+
+
+def test_rank_k_deltas_are_by_hand_projections_on_the_singular_directions(trained):
+    found = trained._rank_deltas("resid[1]", "response_mean")
+    at = ("resid[1]", "response_mean")
+    heldin, heldout = (trained.displacements(split, *at).double().numpy() for split in ("heldin", "heldout"))
+    U = np.linalg.svd(heldin, full_matrices=False)[2]
+    for j, k in enumerate([1, 2, 3, 4, 8, 16]):
+        P = U[:k].T @ U[:k]
+        np.testing.assert_allclose(found["own"][j].numpy(), heldout @ P, atol=1e-5)
+        np.testing.assert_allclose(found["mean"][j].numpy(), np.tile(heldin.mean(0) @ P, (8, 1)), atol=1e-5)
+        fitted = found["fitted"][j].double().numpy()
+        np.testing.assert_allclose(fitted, fitted @ P, atol=1e-4)
+
+
+def test_the_divergence_by_rank_is_that_of_the_same_deltas(trained):
+    table, v = trained.divergence_by_rank(), trained.direction()
+    at_v = trained.likelihoods("base", v[None])["kl"].to_numpy()
+    full = table[(table["kind"] == "mean") & (table["k"] == 32)].sort_values("prompt")["kl"].to_numpy()
+    assert full == pytest.approx(at_v, rel=1e-3, abs=1e-5)
+    own = table[(table["kind"] == "own") & (table["k"] == 32)]["kl"].to_numpy()
+    assert not np.allclose(own, full, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "preferred, well_formed, chosen",
+    [
+        ([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.2, 0.1], [1.0] * 8, ("resid[1]", "prompt_last")),
+        ([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.2, 0.1], [1, 1, 0.5, 1, 1, 1, 1, 1], ("resid[2]", "response_mean")),
+        ([0.9] * 8, [0.5] * 8, ("final", "prompt_last")),  # none leaves the text whole
+    ],
+)
+def test_the_best_site_is_the_most_effective_of_those_that_leave_text_whole(
+    trained, monkeypatch, preferred, well_formed, chosen
+):
+    values = iter(zip(preferred, well_formed))
+
+    def sweep(self, role, site, deltas, span="response", split="heldout"):
+        assert (role, split, len(deltas)) == ("base", "validation", 2)
+        rows = [{"arm": arm, "preferred": p, "well_formed": w} for arm in (0, 1) for p, w in [next(values)]]
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(Study, "sweep", sweep)
+    assert Study(PROFILE).best_site == chosen
 
 
 @pytest.mark.parametrize("role", models.ROLES)
