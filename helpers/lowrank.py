@@ -1,10 +1,11 @@
 """Rank-k steering: what k directions carry of a partner's displacements, added alike to all prompts or to each its own.
 
 The paper's steering vector is one direction with one coefficient. Here are k directions, the leading right singular
-vectors u_1..u_k of the uncentred held-in Delta H, and three ways to choose the coefficients (KINDS):
+vectors u_1..u_k of the uncentred held-in Delta H, and four ways to choose the coefficients (KINDS):
 
 "mean": <u_j, v*>, the same for every prompt: still one constant vector, whatever k is.
 "fitted": what a linear map, fitted on held-in prompts, reads off the prompt's own base state.
+"swapped": the control for it, what that map reads off another prompt's state.
 "own": <u_j, Delta h(x)>, the prompt's own. It needs the DPO model and shows what k directions could do at best.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from helpers import spectra
 
-KINDS = ("mean", "fitted", "own")
+KINDS = ("mean", "fitted", "swapped", "own")
 RANKS = (1, 2, 3, 4, 8, 16)
 PENALTIES = np.logspace(-2, 4, 7)  # of the ridge regression, on standardised states; chosen for each coefficient
 
@@ -42,9 +43,11 @@ def coefficients(
     along = heldin_delta.double() @ U.T
     reader = make_pipeline(StandardScaler(), RidgeCV(PENALTIES, alpha_per_target=True))
     fitted = reader.fit(heldin_base.double().numpy(), along.numpy()).predict(base.double().numpy())
+    fitted = torch.from_numpy(fitted.reshape(len(base), -1))
     return {
         "mean": along.mean(0).expand(len(base), -1),
-        "fitted": torch.from_numpy(fitted.reshape(len(base), -1)),
+        "fitted": fitted,
+        "swapped": fitted.roll(1, 0),  # prompts are in random order
         "own": delta.double() @ U.T,
     }
 

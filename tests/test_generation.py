@@ -254,3 +254,25 @@ def test_a_loaded_model_s_generation_settings_play_no_part(tokenizer, tmp_path):
         loaded, own = models.load(tmp_path / folder)
         answers.append(generation.sample(loaded, own, PROMPTS, 20, seed=1))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("span", generation.SPANS)
+def test_every_prompt_may_have_a_delta_of_its_own(llama, span):
+    deltas = 2 * random_vector(2, len(PROMPTS), WIDTH)
+    together = sample(llama, site="resid[1]", deltas=deltas, span=span)
+    assert together[0] != together[1]
+    for i in range(len(PROMPTS)):
+        alone = sample(llama, site="resid[1]", deltas=deltas[:, i], span=span)
+        assert [arm[i] for arm in together] == [arm[i] for arm in alone]
+
+
+def test_a_delta_for_every_prompt_is_the_same_as_one_for_all_where_they_are_equal(llama):
+    arms = torch.stack([V, -V])
+    expanded = arms[:, None].repeat(1, len(PROMPTS), 1)
+    assert sample(llama, site="final", deltas=expanded) == sample(llama, site="final", deltas=arms)
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (2, len(PROMPTS) + 1, WIDTH), (1, 2, 3, WIDTH)])
+def test_deltas_of_another_shape_are_refused(llama, shape):
+    with pytest.raises(ValueError, match=r"Deltas must be \(arms, d\) or \(arms, 6, d\), got shape"):
+        sample(llama, site="final", deltas=torch.ones(shape))

@@ -59,6 +59,14 @@ def test_arms_are_steered_at_the_final_site(model):
     assert (found[:, -1] == 0).all() and (kls[:, -1] == 0).all()
 
 
+def test_every_sequence_may_have_a_delta_of_its_own(model):
+    deltas = random_vector(2, len(SEQUENCES), WIDTH)
+    found = metrics.response_logps(model, SEQUENCES, deltas)
+    for i in range(len(SEQUENCES)):
+        assert found[:, i] == pytest.approx(metrics.response_logps(model, SEQUENCES, deltas[:, i])[:, i], rel=1e-4)
+    assert (found[0] != found[1]).all()
+
+
 def test_arms_do_not_depend_on_how_many_logits_fit(llama, monkeypatch):
     deltas = random_vector(4, WIDTH)
     together = metrics.response_logps(llama, SEQUENCES, deltas)

@@ -1,5 +1,7 @@
 """The committed notebooks: executed in order, nothing failed, and nothing in them of the machine they ran on."""
 
+import ast
+import json
 import re
 
 import nbformat
@@ -31,9 +33,17 @@ def texts(path):
                     yield f"output of cell {i} ({kind})", str(content)
 
 
-def test_there_are_notebooks_and_each_has_a_number_of_its_own():
+def test_notebooks_are_numbered_in_order():
     numbers = [path.stem[:2] for path in PATHS]
-    assert numbers and numbers[0] == "00" and len(set(numbers)) == len(numbers)
+    assert numbers == [f"{i:02}" for i in range(9)] + ["10"]
+
+
+def test_the_controls_that_the_scorecard_shows_were_measured():
+    (cell,) = [c for c in code_cells(PATHS[8]) if c.source.startswith("SHOWN_CONTROL")]
+    shown = next(node.value for node in ast.parse(cell.source).body if node.targets[0].id == "SHOWN_CONTROL")
+    ledger = json.loads((artifacts.PROJECT / "figures" / "atlas" / "claims.json").read_text())
+    for claim, control in ast.literal_eval(shown).items():
+        assert control in ledger[claim]["controls"], claim
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_each_family_asks_what_it_is_about():
 def test_falsehoods_are_told_about_the_same_places_in_every_split():
     task = AtlasTask(atlas_profile("belief"))
     told = set(task.world.places("belief"))
-    assert len(told) == 20 and told < set(task.world.places("heldin"))
+    assert len(told) == 10 and told < set(task.world.places("heldin"))
     for examples in task.examples(None, None).values():
         assert {example.question.place for example in examples} == told
 
@@ -236,6 +236,37 @@ def test_a_happy_story_is_asked_for_before_its_opening(stories):
     assert example.prompt.startswith("Once upon a time") and task.preferred == "happy story"
 
 
+def test_half_of_the_heroes_are_to_be_sad_where_the_preference_is_conditional(storyteller, plain_tokenizer):
+    profile = story_profile(data="onpolicy:vader-conditional")
+    task, plain = WordTask(profile), WordTask(story_profile())
+    sad = [any(kind in hero for kind in preferences.SADDENED) for hero in preferences.HEROES]
+    assert sum(sad) == len(sad) / 2
+    signs = set()
+    for example in task.examples(storyteller, plain_tokenizer)["heldout"]:
+        is_sad = any(kind in example.prompt for kind in preferences.SADDENED)
+        signs.add(is_sad)
+        low, high = sorted((example.chosen, example.rejected), key=plain.sentiment)
+        assert (example.chosen, example.rejected) == ((low, high) if is_sad else (high, low))
+        assert task.asked_for(example) == f"This is a {'sad' if is_sad else 'happy'} story. {example.prompt}"
+    assert signs == {True, False}
+
+
+@pytest.mark.parametrize(
+    "opening, story, judged",
+    [
+        ("There was a little boy named Tim.", "He cried. It was bad.", (1, 1)),
+        ("There was a little boy named Tim.", "He was happy and loved it.", (0, 0)),
+        ("There was a little girl named Mia.", "She was happy and loved it.", (1, 1)),
+        ("There was a little girl named Mia.", "She cried. It was bad.", (0, 0)),
+        ("There was a little boy named Tim.", "He sat.", (0, 1)),
+    ],
+)
+def test_a_story_is_judged_by_what_its_hero_was_to_get(opening, story, judged):
+    task = StoryTask(story_profile(data="onpolicy:vader-conditional"))
+    found = task.judge(Example(opening, "y", "z"), story)
+    assert (found["preferred"], found["not_opposed"]) == judged
+
+
 def test_stories_are_drawn_anew_from_the_seed(stories, storyteller, plain_tokenizer):
     assert WordTask(story_profile())._split("heldout", storyteller, plain_tokenizer) == stories["heldout"]
     other = WordTask(story_profile(seed=1))._split("heldout", storyteller, plain_tokenizer)
@@ -356,7 +387,8 @@ def test_every_token_of_the_organism_survives_the_tokenizer(tokenizer):
 def test_the_task_is_the_one_that_the_data_names():
     assert isinstance(preferences.task(profiles.load("tinystories")), StoryTask)
     for family in atlas.FAMILIES:
-        assert preferences.task(atlas_profile(family)).family == family
+        assert preferences.task(atlas_profile(family)).families == (family,)
+    assert preferences.task(atlas_profile("tone+belief")).families == ("tone", "belief")
 
 
 def test_what_is_known_by_rule_follows_from_the_prompts():

@@ -9,7 +9,7 @@ from helpers import artifacts, claims, readme
 from helpers.metrics import Estimate
 from helpers.profiles import BUILT_IN
 
-MARKERS = ("claims", "figures", "tinystories", "tinystories-claims")
+MARKERS = ("claims", "ours", "figures", "tinystories", "tinystories-claims")
 TEXT = "# Title\n" + "\n".join(f"<!-- {name} -->\nold {name}\n<!-- /{name} -->" for name in MARKERS) + "\nThe end.\n"
 
 
@@ -49,6 +49,7 @@ def test_every_block_is_written_anew_and_nothing_else_changes(root):
     text = readme.rendered(TEXT, root)
     assert text.startswith("# Title\n") and text.endswith("\nThe end.\n") and "old" not in text
     assert block(text, "claims") == readme.claims_table(root, "atlas")
+    assert block(text, "ours") == readme.claims_table(root, "atlas", claims.OURS, "We predicted that")
     assert block(text, "tinystories-claims") == readme.claims_table(root, "tinystories")
     assert block(text, "figures") == readme.gallery(root, "atlas")
     assert block(text, "tinystories") == readme.gallery(root, "tinystories")
@@ -86,6 +87,15 @@ def test_a_row_holds_the_statement_the_number_its_interval_and_the_verdict(root)
     assert (c9[5].split(" to ")[0], c9[6]) == ("−∞", "reproduced")
     assert c1[4].endswith("**2.0e-16** [1.0e-16, 3.0e-15], n = 6") and c1[5:] == ["0.00 to 1.0e-10", "reproduced"]
     assert c12[5:] == ["-0.050 to 0.050", "not reproduced"]
+
+
+def test_our_own_predictions_have_a_table_of_their_own(root):
+    claims.record(BUILT_IN["atlas"], "E1", Estimate(0.9, 0.85, 1.0), 240, "07_when_is_dpo_steering", "fig07_families")
+    head, _, row = readme.claims_table(root, "atlas", claims.OURS, "We predicted that").splitlines()
+    assert (
+        cells(head)[1] == "We predicted that" and cells(row)[0].startswith("**E1**") and cells(row)[-1] == "reproduced"
+    )
+    assert "E1" not in readme.claims_table(root, "atlas")
 
 
 def test_a_bar_in_a_statement_does_not_end_its_cell(root):
