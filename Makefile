@@ -94,9 +94,8 @@ $(BUILD)/04_add_subtract.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo
 $(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
 $(BUILD)/06_controls.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb \
   $(BUILD)/03_steering_vector.ipynb $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb
-$(BUILD)/07_when_is_dpo_steering.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
-  $(BUILD)/04_add_subtract.ipynb
-$(BUILD)/10_scaling.ipynb: $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb $(BUILD)/07_when_is_dpo_steering.ipynb
+$(BUILD)/07_when_is_dpo_steering.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
 $(BUILD)/08_scorecard.ipynb: $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
   $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb $(BUILD)/06_controls.ipynb \
   $(BUILD)/07_when_is_dpo_steering.ipynb
+$(BUILD)/$(SCALING).ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb

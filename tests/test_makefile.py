@@ -62,14 +62,15 @@ def asked_of(name: str, variable: str) -> set[str]:
 
 
 def read_by(name: str) -> set[str]:
-    """The notebooks that show the stages that this one asks its study, `s`, for, and those whose claims it reads."""
+    """The notebooks that show the stages that this one asks its study, `s`, for, and earlier ones whose claims it reads."""
     shown = {SHOWN_IN[stage] for stage in asked_of(name, "s") & SHOWN_IN.keys()}
-    recorded = {other for other in COMMITTED if "record" in asked_of(other, "claims")}
+    recorded = {other for other in COMMITTED if other < name and "record" in asked_of(other, "claims")}
     return (shown | (recorded if "load" in asked_of(name, "claims") else set())) - {name}
 
 
 EDGES = edges()
 NAMES = sorted(set(EDGES) | set(SHOWN_IN.values()))
+FIGURES = [name for name in NAMES if name != "10_scaling"]  # what `make figures` runs
 
 
 def with_dependants(name: str) -> set[str]:
@@ -140,47 +141,56 @@ def touch(path: Path) -> None:
 
 def test_make_runs_every_notebook_after_those_it_reads_and_nothing_the_second_time(project):
     order = ran(project)
-    assert sorted(order) == NAMES
-    assert all(order.index(before) < order.index(name) for name, reads in EDGES.items() for before in reads)
+    assert sorted(order) == FIGURES
+    assert all(order.index(before) < order.index(name) for name in order for before in EDGES.get(name, ()))
     assert (project / "calls").read_text().splitlines()[0] == f"{order[0]}|atlas||"
     assert ran(project) == []
     assert ran(project, "-j4") == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIGURES)
 def test_a_touched_notebook_runs_again_with_its_dependants_and_no_other(project, name):
     ran(project)
     touch(project / "notebooks" / f"{name}.ipynb")
-    assert set(ran(project)) == with_dependants(name)
+    assert set(ran(project)) == with_dependants(name) & set(FIGURES)
     assert ran(project) == []
+
+
+def test_scaling_runs_on_request_after_what_it_reads_and_nothing_else(project):
+    done = make(project, "scaling")
+    assert done.returncode == 0, done.stderr
+    called = [line.split("|")[0] for line in (project / "calls").read_text().splitlines()]
+    assert called[-1] == "10_scaling" and set(called) == {"10_scaling"}.union(
+        *(EDGES[name] | {name} for name in EDGES["10_scaling"] if name in EDGES), EDGES["10_scaling"]
+    )
 
 
 def test_a_changed_helper_or_environment_runs_all_again(project):
     ran(project)
     touch(project / "helpers" / "atlas.py")
-    assert sorted(ran(project)) == NAMES
+    assert sorted(ran(project)) == FIGURES
     touch(project / ".venv" / "installed")
-    assert sorted(ran(project)) == NAMES
+    assert sorted(ran(project)) == FIGURES
     assert ran(project) == []
 
 
 @pytest.mark.parametrize("choice", ["MODEL=some/model", "DATA=atlas:belief"])
 def test_another_model_or_data_runs_all_again_and_back_again(project, choice):
     ran(project)
-    assert sorted(ran(project, choice)) == NAMES
+    assert sorted(ran(project, choice)) == FIGURES
     assert choice.split("=")[1] in (project / "calls").read_text().splitlines()[-1].split("|")
     assert ran(project, choice) == []
-    assert sorted(ran(project)) == NAMES
+    assert sorted(ran(project)) == FIGURES
 
 
 def test_profiles_have_their_own_folders_and_a_changed_profile_file_runs_all_again(project):
     ran(project)
     (project / "mine.toml").write_text("seed = 1\n")
-    assert sorted(ran(project, "PROFILE=mine.toml")) == NAMES
+    assert sorted(ran(project, "PROFILE=mine.toml")) == FIGURES
     assert (project / "build" / "mine" / f"{NAMES[0]}.ipynb").exists()
     assert ran(project, "PROFILE=mine.toml") == [] and ran(project) == []
     touch(project / "mine.toml")
-    assert sorted(ran(project, "PROFILE=mine.toml")) == NAMES
+    assert sorted(ran(project, "PROFILE=mine.toml")) == FIGURES
 
 
 def test_a_failing_notebook_stops_make_and_leaves_no_finished_file(project):
@@ -192,7 +202,7 @@ def test_a_failing_notebook_stops_make_and_leaves_no_finished_file(project):
     assert not with_dependants(broken) & finished
     assert f"{broken}.partial" in finished
     (project / "broken").unlink()
-    assert set(ran(project)) == set(NAMES) - finished  # what had run is not run again
+    assert set(ran(project)) == set(FIGURES) - finished  # what had run is not run again
 
 
 # --- The other targets ---

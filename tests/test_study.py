@@ -557,9 +557,10 @@ def test_the_divergence_by_rank_is_that_of_the_same_deltas(trained):
 @pytest.mark.parametrize(
     "preferred, well_formed, chosen",
     [
-        ([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.2, 0.1], [1.0] * 8, ("resid[1]", "prompt_last")),
-        ([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.2, 0.1], [1, 1, 0.5, 1, 1, 1, 1, 1], ("resid[2]", "response_mean")),
-        ([0.9] * 8, [0.5] * 8, ("final", "prompt_last")),  # none leaves the text whole
+        # two positions at resid[1], resid[2] and final; at resid[0] DPO moves nothing
+        ([0.9, 0.2, 0.3, 0.6, 0.5, 0.1], [1.0] * 6, ("resid[1]", "prompt_last")),
+        ([0.9, 0.2, 0.3, 0.6, 0.5, 0.1], [0.5, 1, 1, 1, 1, 1], ("resid[2]", "response_mean")),
+        ([0.9] * 6, [0.5] * 6, ("final", "prompt_last")),  # none leaves the text whole
     ],
 )
 def test_the_best_site_is_the_most_effective_of_those_that_leave_text_whole(
