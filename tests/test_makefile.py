@@ -62,7 +62,7 @@ def asked_of(name: str, variable: str) -> set[str]:
 
 
 def read_by(name: str) -> set[str]:
-    """The notebooks that show the stages that this one asks its study, `s`, for, and earlier ones whose claims it reads."""
+    """The notebooks that show what this one asks its study, `s`, for, and the earlier ones whose claims it reads."""
     shown = {SHOWN_IN[stage] for stage in asked_of(name, "s") & SHOWN_IN.keys()}
     recorded = {other for other in COMMITTED if other < name and "record" in asked_of(other, "claims")}
     return (shown | (recorded if "load" in asked_of(name, "claims") else set())) - {name}
