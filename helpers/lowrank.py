@@ -6,7 +6,7 @@ vectors u_1..u_k of the uncentred held-in Delta H, and four ways to choose the c
 "mean": <u_j, v*>, the same for every prompt: still one constant vector, whatever k is.
 "fitted": what a linear map, fitted on held-in prompts, reads off the prompt's own base state.
 "swapped": the control for it, what that map reads off another prompt's state.
-"own": <u_j, Delta h(x)>, the prompt's own. It needs the DPO model and shows what k directions could do at best.
+"own": <u_j, Delta h(x)>, the prompt's own, which needs the DPO model (averaged over the answer, its chosen answer too).
 """
 
 import numpy as np

@@ -74,6 +74,7 @@ SHOWN_IN = {
     "optimised_vector": "06_controls",
     "beliefs": "06_controls",
     "about": "07_when_is_dpo_steering",
+    "validated_sites": "07_when_is_dpo_steering",
     "best_site": "07_when_is_dpo_steering",
     "by_rank": "07_when_is_dpo_steering",
     "divergence_by_rank": "07_when_is_dpo_steering",
@@ -520,22 +521,42 @@ class Study:
     # --- Beyond one vector at one site ---
 
     @cached_property
-    def best_site(self) -> tuple[str, str]:
-        """The site and position whose v* brings the base to most of the preferred behaviour at dose 1.
+    def validated_sites(self) -> pd.DataFrame:
+        """base + v* at dose 1 of every site and position, on validation prompts: a row each, indexed by the two.
 
-        Chosen on validation prompts, among those that leave the text as fluent as the health criteria ask; `final`,
-        `prompt_last` if none does.
+        `preferred`: the share of answers that show the preferred behaviour; `ahead`: by how much that exceeds v* at
+        `final`, `prompt_last`, the low end of the 95 % interval; `changed`: the share of answers not the base's own;
+        `fluent`: whether the text loses no more against the base's own than the health criteria allow.
         """
-        base, found = self.answers("base", "validation"), {(FINAL, "prompt_last"): -np.inf}
+        base, wordings, tables = self.answers("base", "validation"), self.templates("validation"), {}
         for site in self.sites:
             deltas = torch.stack([self.direction(site, position) for position in activations.POSITIONS])
-            if not deltas.any():  # the embeddings, which no adapter moves
-                continue
-            table = self.sweep("base", site, deltas, split="validation")
-            for position, (_, rows) in zip(activations.POSITIONS, table.groupby("arm")):
-                if not failed_criteria(fluency(rows, base), self.profile.health):
-                    found[site, position] = rows["preferred"].mean()
-        return max(found, key=found.get)
+            if deltas.any():  # the embeddings are moved by no adapter
+                table = self.sweep("base", site, deltas, split="validation")
+                tables |= {
+                    (site, position): table[table["arm"] == i] for i, position in enumerate(activations.POSITIONS)
+                }
+        usual = tables[FINAL, "prompt_last"]["preferred"].to_numpy()
+        rows = {
+            key: {
+                "preferred": table["preferred"].mean(),
+                "ahead": metrics.interval(metrics.difference, table["preferred"], usual, groups=wordings).low,
+                "changed": np.mean([ids != own for ids, own in zip(table["ids"], base["ids"])]),
+                "fluent": _is_fluent(table, base, self.profile.health),
+            }
+            for key, table in tables.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    @property
+    def best_site(self) -> tuple[str, str]:
+        """The site and position of `validated_sites` with most of the preferred behaviour.
+
+        `final`, `prompt_last` unless another is ahead of it beyond chance and fluent.
+        """
+        found = self.validated_sites
+        better = found[found["fluent"] & (found["ahead"] > 0)]
+        return tuple(better["preferred"].idxmax()) if len(better) else (FINAL, "prompt_last")
 
     def _rank_deltas(self, site: str, position: str) -> dict[str, Tensor]:
         """{kind: (ranks, N, d)}: what rank-k steering adds to the held-out prompts (helpers/lowrank.py).
@@ -652,6 +673,13 @@ def fluency(answers: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
     if "well_formed" in answers:
         return {"well_formed": float(answers["well_formed"].mean())}
     return {"perplexity_ratio": float(np.exp(answers["token_loss"].mean() - base["token_loss"].mean()))}
+
+
+def _is_fluent(answers: pd.DataFrame, base: pd.DataFrame, health: Health) -> bool:
+    found = fluency(answers, base)
+    if "well_formed" in found:  # where the base's own text is not faultless, steering need not mend it
+        return bool(found["well_formed"] >= base["well_formed"].mean() - (1 - health.min_well_formed))
+    return not failed_criteria(found, health)
 
 
 def failed_criteria(measured: dict[str, float], health: Health) -> list[str]:

@@ -557,24 +557,34 @@ def test_the_divergence_by_rank_is_that_of_the_same_deltas(trained):
 @pytest.mark.parametrize(
     "preferred, well_formed, chosen",
     [
-        # two positions at resid[1], resid[2] and final; at resid[0] DPO moves nothing
-        ([0.9, 0.2, 0.3, 0.6, 0.5, 0.1], [1.0] * 6, ("resid[1]", "prompt_last")),
-        ([0.9, 0.2, 0.3, 0.6, 0.5, 0.1], [0.5, 1, 1, 1, 1, 1], ("resid[2]", "response_mean")),
-        ([0.9] * 6, [0.5] * 6, ("final", "prompt_last")),  # none leaves the text whole
+        # of six answers; two positions at resid[1], resid[2] and final; at resid[0] DPO moves nothing
+        ([6, 1, 2, 5, 0, 1], [6] * 6, ("resid[1]", "prompt_last")),
+        ([6, 1, 2, 5, 0, 1], [2, 6, 6, 6, 6, 6], ("resid[2]", "response_mean")),
+        ([6] * 4 + [0, 0], [2] * 4 + [6, 6], ("final", "prompt_last")),  # no other leaves the text whole
+        ([4, 1, 2, 1, 3, 4], [6] * 6, ("final", "prompt_last")),  # no other is ahead beyond chance
     ],
 )
-def test_the_best_site_is_the_most_effective_of_those_that_leave_text_whole(
+def test_the_best_site_is_better_than_final_beyond_chance_and_leaves_text_as_it_was(
     trained, monkeypatch, preferred, well_formed, chosen
 ):
     values = iter(zip(preferred, well_formed))
 
     def sweep(self, role, site, deltas, span="response", split="heldout"):
         assert (role, split, len(deltas)) == ("base", "validation", 2)
-        rows = [{"arm": arm, "preferred": p, "well_formed": w} for arm in (0, 1) for p, w in [next(values)]]
+        rows = [
+            {"arm": arm, "preferred": float(i < p), "well_formed": float(i < w), "ids": [7] if i else []}
+            for arm in (0, 1) for p, w in [next(values)] for i in range(6)
+        ]  # fmt: skip
         return pd.DataFrame(rows)
 
+    own = pd.DataFrame({"ids": [[]] * 6, "well_formed": [1.0] * 5 + [0.0]})
     monkeypatch.setattr(Study, "sweep", sweep)
-    assert Study(PROFILE).best_site == chosen
+    monkeypatch.setattr(Study, "answers", lambda *_: own)
+    made = Study(PROFILE)
+    assert made.best_site == chosen
+    found = made.validated_sites
+    assert found["preferred"].tolist() == pytest.approx([p / 6 for p in preferred])
+    assert found["fluent"].tolist() == [w == 6 for w in well_formed] and set(found["changed"]) == {5 / 6}
 
 
 @pytest.mark.parametrize("role", models.ROLES)
