@@ -57,6 +57,7 @@ SHOWN_IN = {
     "reward_margins": "02_dpo_lora",
     "token_vector": "02_dpo_lora",
     "chosen": "02_dpo_lora",
+    "recipe": "02_dpo_lora",
     "pair": "02_dpo_lora",
     "partner": "02_dpo_lora",
     "replicates": "02_dpo_lora",
@@ -217,6 +218,11 @@ class Study:
         return self.trials[0] if len(self.trials) == 1 else min(self.trials, key=lambda trial: len(trial.failed))
 
     @property
+    def recipe(self) -> Recipe:
+        """The chosen trial's recipe, for which nothing is trained where there is only one."""
+        return self.profile.recipes[0] if len(self.profile.recipes) == 1 else self.chosen.recipe
+
+    @property
     def partner(self) -> str:
         """What a reader of any number about the DPO partner has to know of it, as Markdown."""
         recipe, failed = self.chosen.recipe, self.chosen.failed
@@ -234,23 +240,19 @@ class Study:
 
     def variant(self, **changes) -> "Study":
         """The same base and pairs with another partner, its recipe the chosen one with these fields changed."""
-        recipe = replace(self.chosen.recipe, **changes)
-        return self if recipe == self.chosen.recipe else Study(replace(self.profile, recipes=(recipe,)))
+        recipe = replace(self.recipe, **changes)
+        return self if recipe == self.recipe else Study(replace(self.profile, recipes=(recipe,)))
 
     @cached_property
     def replicates(self) -> list["Study"]:
         """This study and its chosen recipe trained with other seeds, `sizes.seeds` in all, ready to be compared."""
-        studies = [self.variant(seed=self.chosen.recipe.seed + k) for k in range(self.profile.sizes.seeds)]
+        studies = [self.variant(seed=self.recipe.seed + k) for k in range(self.profile.sizes.seeds)]
         prepare(studies[1:], "other training seeds")
         return studies
 
     def about(self, data: str) -> "Study":
         """The same base with a partner trained by the chosen recipe on other preferences (`Profile.data`)."""
-        return (
-            self
-            if data == self.profile.data
-            else Study(replace(self.profile, data=data, recipes=(self.chosen.recipe,)))
-        )
+        return self if data == self.profile.data else Study(replace(self.profile, data=data, recipes=(self.recipe,)))
 
     def compare(self) -> None:
         """Compute all that partners of one base are compared by: states, and answers with and without v*."""

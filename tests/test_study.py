@@ -700,6 +700,14 @@ def test_recipes_are_tried_in_order_up_to_the_first_healthy_one(monkeypatch, fai
     assert made.chosen.recipe == recipes[chosen] and made.chosen is made.trials[chosen]
 
 
+def test_the_recipe_of_a_study_of_one_is_known_without_training_and_so_are_its_variants(monkeypatch):
+    monkeypatch.setattr(Study, "_trial", lambda *_: pytest.fail("trained a partner"))
+    made = Study(PROFILE)
+    assert made.recipe == PROFILE.recipes[0]
+    assert made.variant(seed=3).recipe == replace(PROFILE.recipes[0], seed=3)
+    assert made.about("atlas:belief").variant(seed=3).about(PROFILE.data).profile == made.variant(seed=3).profile
+
+
 def unexamined() -> Trial:
     return Trial(PROFILE.recipes[0], None, lambda: pytest.fail("examined its health"), PROFILE.health)
 
