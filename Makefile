@@ -36,6 +36,16 @@ figures: $(EXECUTED) ## run the notebooks and draw every figure into figures/<pr
 test: $(VENV)/installed ## run the unit tests, and every notebook through nbmake
 	DSTEER_FIGURES=$(CURDIR)/build/test/figures $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 tests $(NOTEBOOKS:%=notebooks/%.ipynb)
 
+.PHONY: test-browser
+test-browser: chromium $(VENV)/browser ## run notebooks 03 and 09 in a JupyterLab of their own, in headless Chromium, and move their sliders
+	$(BIN)/python -m pytest tests/browser
+
+.PHONY: chromium
+chromium: ## look for a Chromium for test-browser, and install Debian's where there is none
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; \
+	for as in "" "sudo -n"; do $$as apt-get update -q && $$as apt-get install -q -y chromium && exit; done; \
+	echo "There is no Chromium here, and apt-get cannot install it."; exit 1
+
 .PHONY: scaling
 scaling: $(BUILD)/$(SCALING).ipynb ## train organisms of six sizes and repeat notebook 07's comparison on them
 
@@ -77,6 +87,11 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
+# What only test-browser needs besides.
+$(VENV)/browser: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	touch $@
+
 # A notebook runs again when it, a helper that it imports, the profile's file or MODEL= or DATA= has changed.
 $(BUILD)/%.ipynb: notebooks/%.ipynb $(HELPERS) $(VENV)/installed $(BUILD)/choice $(wildcard $(filter %.toml,$(PROFILE)))
 	@$(RUN) $* --profile "$(PROFILE)" --model "$(MODEL)" --data "$(DATA)"
@@ -95,6 +110,8 @@ $(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)
 $(BUILD)/06_controls.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb \
   $(BUILD)/03_steering_vector.ipynb $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb
 $(BUILD)/07_when_is_dpo_steering.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
+$(BUILD)/09_explorer.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
+  $(BUILD)/07_when_is_dpo_steering.ipynb
 $(BUILD)/08_scorecard.ipynb: $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
   $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb $(BUILD)/06_controls.ipynb \
   $(BUILD)/07_when_is_dpo_steering.ipynb

@@ -35,7 +35,7 @@ def texts(path):
 
 def test_notebooks_are_numbered_in_order():
     numbers = [path.stem[:2] for path in PATHS]
-    assert numbers == [f"{i:02}" for i in range(9)] + ["10"]
+    assert numbers == [f"{i:02}" for i in range(11)]
 
 
 def test_the_controls_that_the_scorecard_shows_were_measured():

@@ -1,0 +1,127 @@
+"""Interactive views that draw a static picture first: what a page without a kernel shows is never a broken widget."""
+
+import asyncio
+import html
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from itertools import product
+
+import ipywidgets
+import matplotlib.pyplot as plt
+from IPython import get_ipython
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+
+PAUSE = 0.01  # seconds in which the kernel takes the moves that have arrived meanwhile
+
+
+def is_live() -> bool:
+    """Whether a person sits at the front end that runs this cell.
+
+    Each request to run a cell says whether its sender can answer a question (`allow_stdin`). JupyterLab can; nbclient,
+    and with it papermill, nbmake and nbconvert, cannot, and nobody would see a slider there.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    return kernel is not None and kernel.get_parent("shell").get("content", {}).get("allow_stdin", False)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG, and no longer open."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=figure.dpi, metadata={"Software": None})
+    plt.close(figure)
+    return drawn.getvalue()
+
+
+class Latest:
+    """Runs the latest request alone: each cancels the one before it, where that has not finished.
+
+    work: a generator function. It yields what it is about to do, as text; the kernel takes new requests then, and a
+    cancelled one goes no further. What it raises is said in one sentence, never shown as a traceback.
+    say: is given each text, and an empty one at the end.
+    """
+
+    def __init__(self, work: Callable[..., Iterator[str]], say: Callable[[str], None]):
+        self.work, self.say = work, say
+        self.task: asyncio.Task | None = None
+
+    def __call__(self, *request) -> asyncio.Task:
+        """Start on a request, inside a running event loop such as the kernel's."""
+        if self.task is not None:
+            self.task.cancel()
+        self.task = asyncio.get_running_loop().create_task(self._run(request))
+        return self.task
+
+    async def _run(self, request: tuple) -> None:
+        await asyncio.sleep(PAUSE)  # a dragged slider sends many: all but the last end here
+        try:
+            with closing(self.work(*request)) as steps:
+                for doing in steps:
+                    self.say(doing)
+                    await asyncio.sleep(PAUSE)
+            self.say("")
+        except ValueError as error:  # of what the reader asked for, in a sentence of its own
+            self.say(str(error))
+        except Exception as error:  # a task's traceback would be seen by nobody
+            self.say(f"This failed with {type(error).__name__}: {error}")
+
+
+def status() -> tuple[ipywidgets.HTML, Callable[[str], None]]:
+    """A line that tells what is being done, read out by screen readers too, and the function that writes it."""
+    line = ipywidgets.HTML()
+
+    def say(text: str) -> None:
+        line.value = f'<span role="status" aria-live="polite">{html.escape(text) or "&nbsp;"}</span>'
+
+    say("")
+    return line, say
+
+
+def explore(draw: Callable[..., Figure], grid: Mapping[str, Sequence], start: Mapping | None = None) -> None:
+    """Show `draw(**values)` for one point of a grid and, in a live front end, a slider a name to move to any other.
+
+    grid: {argument: its values}. start: the values drawn first, by default the first of each. The picture is an
+    ordinary output, redrawn in place; pictures are kept, and the others drawn ahead. Raises ValueError for a name
+    without values and for a start that is not on the grid.
+    """
+    start = {name: values[0] if len(values) else None for name, values in grid.items()} | dict(start or {})
+    for name, value in start.items():
+        if value not in grid.get(name, ()):
+            raise ValueError(f"explore cannot start at {name} = {value!r}: the grid has {list(grid.get(name, ()))}.")
+    drawn: dict[tuple, bytes] = {}
+
+    def at(point: tuple) -> Image:
+        if point not in drawn:
+            drawn[point] = png(draw(**dict(zip(grid, point))))
+        return Image(drawn[point])
+
+    picture = display(at(tuple(start[name] for name in grid)), display_id=True)
+    if not is_live():
+        return
+    line, say = status()
+    controls = {name: _control(name, values, start[name]) for name, values in grid.items()}
+
+    def redraw(*chosen) -> Iterator[str]:
+        if chosen not in drawn:
+            yield "Drawing …"
+        picture.update(at(chosen))
+        for point in product(*grid.values()):  # while the kernel has nothing else to do, so that later moves are quick
+            if point not in drawn:
+                yield f"Drawing ahead, {len(drawn)} of {math.prod(map(len, grid.values()))} …"
+                with suppress(ValueError):  # said when a reader moves there
+                    at(point)
+
+    latest = Latest(redraw, say)
+    for control in controls.values():
+        control.observe(lambda _: latest(*(control.value for control in controls.values())), "value")
+    display(ipywidgets.VBox([*controls.values(), line]))
+    latest(*(control.value for control in controls.values()))
+
+
+def _control(name: str, values: Sequence, value) -> ipywidgets.Widget:
+    """A slider over the values or, where there are no more than two, a button each."""
+    options = [(f"{v:g}" if isinstance(v, float) else str(v), v) for v in values]
+    kind = ipywidgets.SelectionSlider if len(options) > 2 else ipywidgets.ToggleButtons
+    return kind(options=options, value=value, description=name)
