@@ -153,7 +153,7 @@ class Explorer:
     def _prompt(self, text: str) -> list[int]:
         if not text.strip():
             raise ValueError("The prompt is empty: type a question, or pick one.")
-        ids = preferences.encode(self.study.tokenizer, text.strip()).prompt
+        ids = preferences.encode(self.study.tokenizer, text).prompt  # a story's opening ends in a space
         limit, answer = models.context_length(self.study.pair.base), self.study.profile.sizes.new_tokens
         if limit is not None and len(ids) + answer > limit:
             raise ValueError(

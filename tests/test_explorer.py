@@ -134,6 +134,12 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence(e, prompt, changes, says)
         e.view(replace(at, **changes))
 
 
+def test_a_prompt_is_read_as_it_is_spaces_included(e, study):
+    """The tokens of a story's opening end in a space; without it a model may end the story at once."""
+    read, without = (preferences.encode(study.tokenizer, text).prompt for text in ("Tell me. ", "Tell me."))
+    assert e._prompt("Tell me. ") == read != without
+
+
 def test_the_longest_prompt_that_fits_is_answered(e, study):
     room = 128 - study.profile.sizes.new_tokens
     prompt = "a"
