@@ -21,6 +21,7 @@ FULL_COLOUR = 3.0  # nats: a token whose log-probability changed by as much has 
 SHOWN_TOKENS = 8
 KEPT = 200  # pages
 GREY = "#555555"  # of what is said about an answer
+ROW, LINE, LETTERS = 0.62, 0.17, 60  # of the sheet: a row of one line and each further line, inches; letters in a line
 NAMES = {"base": "base", "steered": "base + λv", "desteered": "DPO − λv", "dpo": "DPO"}
 
 # --- Pictures ---
@@ -73,10 +74,11 @@ def write_tokens(axes: Axes, told: Told, y: float, left: float, right: float, st
     """
     renderer, x = axes.figure.canvas.get_renderer(), left
     style = {"transform": axes.transAxes, "fontsize": 8, "va": "baseline", "parse_math": False}
-    texts = [axes.text(left, y, token, **style) for token in told.tokens]
+    texts = [axes.text(left, y, " ".join(token.split("\n")), **style) for token in told.tokens]
     whole = axes.get_window_extent(renderer).width
     widths = [_advance(text, renderer) / whole for text in texts]
-    starts = [i for i, token in enumerate(told.tokens) if token.startswith(" ")]  # of words
+    ends = [token[-1:].isspace() for token in told.tokens]
+    starts = [i for i, token in enumerate(told.tokens) if token[:1].isspace() or (i and ends[i - 1])]  # of words
     for i, (text, change) in enumerate(zip(texts, told.changes)):
         if i in starts and x + sum(widths[i : min((j for j in starts if j > i), default=None)]) > right:
             x, y = left, y - step
@@ -103,7 +105,7 @@ def sheet(explorer: Explorer, views: Sequence[View]) -> Figure:
 
     views: of one setting at several doses. The next-token panel is about the last of them.
     """
-    rows = 0.62 * len(views) + 0.3
+    rows = _row(views) * len(views) + 0.3
     figure, panels = plt.subplot_mosaic(
         [["text", "text"], ["next", "plane"]], figsize=(figures.WIDTH * 1.25, rows + 3.1), height_ratios=[rows, 3.1]
     )
@@ -120,6 +122,12 @@ def sheet(explorer: Explorer, views: Sequence[View]) -> Figure:
     return figure
 
 
+def _row(views: Sequence[View]) -> float:
+    """The height of a row, inches: room for the longest answer."""
+    longest = max(len(view.told[role].text) for view in views for role in ("steered", "desteered"))
+    return ROW + LINE * ((max(longest, 1) - 1) // LETTERS)
+
+
 def _number(dose: float) -> str:
     return f"{dose:g}".replace("-", "−")
 
@@ -128,14 +136,15 @@ def _write_answers(axes: Axes, views: Sequence[View]) -> None:
     """A row a dose: base + lambda v on the left, DPO - lambda v on the right, with their verdicts."""
     columns = {"steered": (0.06, 0.51), "desteered": (0.55, 1.0)}
     row = 1 / (len(views) + 0.4)
+    line = row * LINE / _row(views)
     write = {"transform": axes.transAxes}
     for i, name in enumerate([r"$\lambda$", *(_number(view.setting.dose) for view in views)]):
         axes.text(0, 1 - (i - 0.3 if i else 0.2) * row, name, **write)
     for role, (left, right) in columns.items():
         axes.text(left, 1 - 0.2 * row, _label(role), color=COLOURS[role], **write)
         for i, view in enumerate(views):
-            top = 1 - (0.7 + i) * row
-            below = write_tokens(axes, view.told[role], top, left, right, 0.28 * row)
+            top = 1 - (0.4 + i) * row - 1.1 * line
+            below = write_tokens(axes, view.told[role], top, left, right, line)
             axes.text(left, below, _said(view.told[role].verdicts), fontsize=7, color=GREY, **write)
 
 
