@@ -34,7 +34,7 @@ figures: $(EXECUTED) ## run the notebooks and draw every figure into figures/<pr
 
 .PHONY: test
 test: $(VENV)/installed ## run the unit tests, and every notebook through nbmake
-	DSTEER_FIGURES=$(CURDIR)/build/test/figures $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 tests $(NOTEBOOKS:%=notebooks/%.ipynb)
+	DSTEER_FIGURES=$(CURDIR)/build/test/figures $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 --ignore=tests/browser tests $(NOTEBOOKS:%=notebooks/%.ipynb)
 
 .PHONY: test-browser
 test-browser: chromium $(VENV)/browser ## run notebooks 03 and 09 in a JupyterLab of their own, in headless Chromium, and move their sliders
