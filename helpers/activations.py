@@ -1,13 +1,16 @@
 """Hidden states at chosen sites and positions for many prompts, in one pass.
 
 Only what is asked for is kept: each site is read by a hook that reduces a batch to one vector per sequence and
-position, so memory grows with prompts x sites x width and never with tokens. The unembedding is skipped.
+position, and these go to files batch by batch, so that memory grows neither with tokens nor with prompts x sites x
+width. The unembedding is skipped.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
@@ -38,37 +41,60 @@ def hidden_states(
     sites: Sequence[str],
     positions: Sequence[str] = ("prompt_last",),
     progress: str | None = None,
+    folder: Path | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """Read hidden states: {(site, position): (N, d) float32 on the CPU}, rows in the order of `sequences`.
 
     `prompt_last` is the prompt's last token (the paper's choice), `response_mean` the mean over the response's tokens.
-    `progress` names a progress bar. Where memory does not suffice, batches are halved. Raises ValueError for an unknown
-    site or position, a sequence that is empty, too long or lacks the response asked for, and for non-finite states.
+    `progress` names a progress bar. folder: where the states are written as they are read, a file a site and position
+    (`stored` reads it), and are not held in memory. Where memory does not suffice, batches are halved. Raises
+    ValueError for an unknown site or position, a sequence that is empty, too long or lacks the response asked for, and
+    for non-finite states.
     """
     _check(model, sequences, positions)
-    rows = {(site, position): [None] * len(sequences) for site in sites for position in positions}
+    read: dict[tuple[str, str], Tensor] = {}
+
+    def keep(key: tuple[str, str], batch: list[int], states: Tensor) -> None:
+        if key not in read:
+            read[key] = _room(key, (len(sequences), states.shape[1]), folder)
+        read[key][batch] = states
+
+    def compute(batch: list[int]) -> list[int]:
+        _read(model, [sequences[i] for i in batch], sites, positions, lambda key, states: keep(key, batch, states))
+        return batch
+
     with tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
-        for indices in shrinking(
-            [len(s.ids) for s in sequences], MAX_BATCH_TOKENS, lambda batch: _read(model, sequences, batch, rows)
-        ):
+        for indices in shrinking([len(s.ids) for s in sequences], MAX_BATCH_TOKENS, compute):
             bar.update(len(indices))
-    return {key: _finite(key, torch.stack(value)) for key, value in rows.items()}
+    return {(site, p): _finite((site, p), read[site, p]) for site in sites for p in positions}
 
 
-def _read(model: nn.Module, sequences: Sequence[Tokens], batch: list[int], rows: dict) -> list[int]:
-    """Fill in the rows of a batch, in one forward pass."""
-    inputs, attended = right_padded([sequences[i].ids for i in batch], model.device)
-    positions = dict.fromkeys(position for _, position in rows)
-    weights = {p: _weights(p, [sequences[i] for i in batch], inputs.shape[1]) for p in positions}
+def stored(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """The states that `hidden_states` wrote into a folder, by site and position; only what is used is read from it."""
+    return {
+        tuple(path.stem.split()): torch.from_numpy(np.load(path, mmap_mode="c"))
+        for path in sorted(folder.glob("*.npy"))
+    }
 
-    def keep(site: str, states: Tensor) -> None:
+
+def _room(key: tuple[str, str], shape: tuple[int, int], folder: Path | None) -> Tensor:
+    """Memory, or a file, for the states of a site and position."""
+    if folder is None:
+        return torch.empty(shape)
+    return torch.from_numpy(np.lib.format.open_memmap(folder / f"{' '.join(key)}.npy", "w+", np.float32, shape))
+
+
+def _read(model: nn.Module, batch: Sequence[Tokens], sites: Sequence[str], positions: Sequence[str], keep) -> None:
+    """Call `keep((site, position), states)` with the states (batch, d) of each, in one forward pass."""
+    inputs, attended = right_padded([s.ids for s in batch], model.device)
+    weights = {p: _weights(p, batch, inputs.shape[1]) for p in positions}
+
+    def reduce(site: str, states: Tensor) -> None:
         for position, weight in weights.items():
-            for i, row in zip(batch, _reduce(states, weight.to(states.device))):
-                rows[site, position][i] = row
+            keep((site, position), _reduce(states, weight.to(states.device)))
 
-    with reading(model, list(dict.fromkeys(site for site, _ in rows)), keep):
+    with reading(model, list(dict.fromkeys(sites)), reduce):
         models.decoder(model)(input_ids=inputs, attention_mask=attended, use_cache=False)
-    return batch
 
 
 @contextmanager

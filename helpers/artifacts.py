@@ -26,9 +26,11 @@ from filelock import FileLock
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "numpy")
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # a file that `make` leaves where something is missing for now, such as a judge's answer
 
 
 _making = ContextVar("making", default=True)
+_tried_here: set[Path] = set()  # what this process left unfinished
 
 
 class DamagedArtifact(Exception):
@@ -60,7 +62,8 @@ def fetch(
     """Return the artefact of a stage, making it if it is missing or damaged.
 
     `make(folder)` writes the content; `params` must be JSON; `code` are the modules and functions whose source decides
-    the content. If `make` raises, nothing is stored and nothing already stored is touched.
+    the content. If `make` raises, nothing is stored and nothing already stored is touched. What it leaves UNFINISHED is
+    taken as it is by this process, and made again by the next.
     """
     key = key_of(stage, params, [artifact.key for artifact in upstream], [fingerprint(c) for c in code])
     path = root() / f"{stage}-{key[:16]}"
@@ -79,7 +82,8 @@ def _verified_or_made(path: Path, key: str, stage: str, params: dict, make: Call
     if path.exists():
         try:
             verify(path, key)
-            return Artifact(path, key)
+            if not (path / UNFINISHED).exists() or path in _tried_here or not _making.get():
+                return Artifact(path, key)
         except DamagedArtifact as damage:
             warnings.warn(f"{damage} It is computed again.", stacklevel=3)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -147,7 +151,10 @@ def _write(path: Path, key: str, stage: str, params: dict, make: Callable[[Path]
         make(partial)
         manifest = {"stage": stage, "key": key, "params": params, "files": _checksums(partial)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        shutil.rmtree(path, ignore_errors=True)  # one left unfinished
         partial.rename(path)
+        if (path / UNFINISHED).exists():
+            _tried_here.add(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -12,16 +12,11 @@ from tqdm import tqdm
 from helpers import activations, gradients, models, steering
 from helpers.activations import Tokens
 from helpers.profiles import Recipe
+from helpers.training import PreferencePair
 
 
 def optimised_vector(
-    model: nn.Module,
-    chosen: Sequence[Tokens],
-    rejected: Sequence[Tokens],
-    site: str,
-    recipe: Recipe,
-    scale: float,
-    seed: int,
+    model: nn.Module, pairs: Sequence[PreferencePair], site: str, recipe: Recipe, scale: float, seed: int
 ) -> Tensor:
     """Train v, (d,), added at a site where responses are predicted, by the recipe's loss on the same number of batches.
 
@@ -31,29 +26,40 @@ def optimised_vector(
     width = models.causal_lm(model).config.get_text_config().hidden_size
     v = nn.Parameter(1e-3 * scale * torch.randn(width))  # not zero: a dose of zero is no dose, and has no gradient
     optimiser = torch.optim.Adam([v], lr=scale / 10)
-    epochs = [torch.randperm(len(chosen)).split(recipe.batch_size) for _ in range(recipe.epochs)]
+    epochs = [torch.randperm(len(pairs)).split(recipe.batch_size) for _ in range(recipe.epochs)]
     batches = [batch.tolist() for epoch in epochs for batch in epoch]
     for batch in tqdm(batches, desc=f"one vector at {site}", leave=False):
-        loss = _loss(model, [chosen[i] for i in batch], [rejected[i] for i in batch], site, v, recipe)
-        optimiser.zero_grad()
-        loss.backward()
+        v.grad = _gradient(model, [pairs[i] for i in batch], site, v, recipe)
         optimiser.step()
     return v.detach()
 
 
-def _loss(model, chosen: list[Tokens], rejected: list[Tokens], site: str, v: Tensor, recipe: Recipe) -> Tensor:
-    """The sigmoid DPO loss of base + v against the base, and the NLL a token of the chosen answers (TRL's `sft`)."""
-    pairs, n = chosen + rejected, len(chosen)
-    with torch.no_grad():
-        reference = _response_logps(model, pairs)
-    with steering.added(model, site, v, torch.tensor([len(s.prompt) - 1 for s in pairs])):
-        policy = _response_logps(model, pairs)
-    nll = -policy[:n].sum() / sum(len(s.response) for s in chosen)
+def _gradient(model, batch: list[PreferencePair], site: str, v: Tensor, recipe: Recipe) -> Tensor:
+    """The gradient of a batch's loss at v, (d,), added up over parts of it where memory does not suffice for all."""
+    whole = len(batch), _chosen_tokens(batch)
+
+    def of_part(part: list[int]) -> Tensor:
+        return torch.autograd.grad(_loss(model, [batch[i] for i in part], site, v, recipe, whole), v)[0]
+
+    return sum(activations.shrinking([1] * len(batch), len(batch), of_part))
+
+
+def _loss(model, pairs: list[PreferencePair], site: str, v: Tensor, recipe: Recipe, whole: tuple[int, int]) -> Tensor:
+    """What pairs add to their batch's loss: the sigmoid DPO loss of base + v against the base, and the NLL a token of
+    the chosen answers (TRL's `sft`). whole: how many pairs and chosen tokens the batch has."""
+    n, sequences = len(pairs), [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    with steering.added(model, site, v, torch.tensor([len(s.prompt) - 1 for s in sequences])):
+        policy = _response_logps(model, sequences)
+    nll = -policy[:n].sum() / whole[1]
     if recipe.objective == "sft":
         return nll
-    return (
-        gradients.dpo_loss(policy[:n], policy[n:], reference[:n], reference[n:], recipe.beta) + recipe.nll_weight * nll
-    )
+    reference = policy.new_tensor([pair.base_logps for pair in pairs]).T
+    preference = gradients.dpo_loss(policy[:n], policy[n:], *reference, recipe.beta) * n / whole[0]
+    return preference + recipe.nll_weight * nll
+
+
+def _chosen_tokens(pairs: Sequence[PreferencePair]) -> int:
+    return sum(len(pair.chosen.response) for pair in pairs)
 
 
 def _response_logps(model: nn.Module, sequences: Sequence[Tokens]) -> Tensor:

@@ -46,6 +46,28 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str = "
     return Tokens(start, whole[len(start) :])
 
 
+def ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: what the chat template ends the assistant's turn with, where that is a token of
+    its own (in some base models another than the tokenizer's), and the end of the sequence."""
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template is not None:
+        after = _common_end(*(encode(tokenizer, "Hi", answer).response for answer in ("Yes", "No")))
+        found = [*(token for token in after[:1] if token in tokenizer.added_tokens_decoder), *found]
+    return list(dict.fromkeys(found))
+
+
+def ended(answer: list[int], ends: list[int], most: int) -> list[int]:
+    """An answer's tokens with what ends it, unless it was cut at `most` tokens before it came to an end."""
+    return answer if len(answer) == most else [*answer, *ends[:1]]
+
+
+def _common_end(one: list[int], other: list[int]) -> list[int]:
+    shared = 0
+    while shared < min(len(one), len(other)) and one[-1 - shared] == other[-1 - shared]:
+        shared += 1
+    return one[len(one) - shared :]
+
+
 def _as_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> Tokens:
     text, answer = (prompt, response) if isinstance(prompt, str) else (plain(prompt), f" {response}")
     start = tokenizer(text)["input_ids"]

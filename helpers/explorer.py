@@ -160,8 +160,8 @@ class Explorer:
         return View(setting, {"base": base, "steered": steered, "desteered": desteered, "dpo": dpo})
 
     def token(self, i: int) -> str:
-        """A token's text; END for the end of the sequence."""
-        return END if i == self.study.tokenizer.eos_token_id else self.study.tokenizer.decode([i])
+        """A token's text; END for what ends an answer."""
+        return END if i in encoding.ends(self.study.tokenizer) else self.study.tokenizer.decode([i])
 
     def _prompt(self, text: str) -> list[int]:
         if not text.strip():
@@ -191,7 +191,8 @@ class Explorer:
             ids = [answers[0] for answers in generation.sample(
                 model, tokenizer, [prompt], size, setting.seed, setting.site, deltas
             )]  # fmt: skip
-            ended = [Tokens(prompt, _ended(answer, tokenizer.eos_token_id, size)) for answer in ids]
+            ends = encoding.ends(tokenizer)
+            ended = [Tokens(prompt, encoding.ended(answer, ends, size)) for answer in ids]
             plain, plain_state = _read(model, ended)
             with steering.added(model, setting.site, delta, start=len(prompt) - 1):
                 steered, steered_state = _read(model, ended)
@@ -209,11 +210,6 @@ class Explorer:
                 texts, ended, plain, steered, (plain[0], steered[1]), (plain_state, steered_state)
             )
         )
-
-
-def _ended(ids: list[int], end: int | None, size: int) -> list[int]:
-    """An answer with its end-of-sequence token, unless it was cut before it came to one."""
-    return ids if end is None or len(ids) == size else [*ids, end]
 
 
 def _read(model: nn.Module, sequences: Sequence[Tokens]) -> tuple[list[Tensor], Tensor]:

@@ -6,6 +6,7 @@ depends only on the seed, the prompt's index and the step. Arms then differ by w
 sample does not depend on which others share its batch.
 """
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from helpers import activations, models, steering
+from helpers import activations, encoding, models, steering
 
 MAX_ROWS = 768  # sequences decoded at once
 STRIDE = 6  # tokens decoded before the rows that have ended leave the batch
@@ -51,7 +52,8 @@ def sample(
     span: str = "response",
     progress: str | None = None,
 ) -> list[list[list[int]]]:
-    """Answer every prompt once per arm: [arm][prompt] -> token ids, up to and without the end-of-sequence token.
+    """Answer every prompt once per arm: [arm][prompt] -> token ids, up to and without what ends an answer
+    (`encoding.ends`).
 
     seed: of the samples; None decodes greedily.
     deltas: what each arm adds at `site` (a dose times a direction), (arms, d), or (arms, prompts, d) where every prompt
@@ -88,11 +90,11 @@ def sample(
 @torch.no_grad()
 def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, deltas, span) -> list[list[int]]:
     """The answers to a chunk of prompts, a prompt's arms one after the other."""
-    end = tokenizer.eos_token_id
+    ends = encoding.ends(tokenizer)
     inputs, attended = _left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device)
     width = inputs.shape[1]
     first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
-    settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": end}
+    settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends or None}
     rows = _Rows(
         index=torch.arange(len(chunk) * arms),
         ids=inputs.repeat_interleave(arms, dim=0),
@@ -107,9 +109,9 @@ def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, delt
         with nullcontext() if deltas is None else steering.added(model, site, rows.deltas, first, stop):
             rows.advance(model, steps, settings)
         answered = rows.ids[:, width:].tolist()
-        going = torch.tensor([len(ids) < new_tokens and end not in ids for ids in answered])
+        going = torch.tensor([len(ids) < new_tokens and not set(ends) & set(ids) for ids in answered])
         for i in (~going).nonzero().flatten().tolist():
-            answers[rows.index[i]] = _until_end(answered[i], end)
+            answers[rows.index[i]] = _until_end(answered[i], ends)
         rows.keep(going)
     return answers
 
@@ -168,8 +170,8 @@ def _left_padded(ids: Sequence[list[int]], pad: int, device) -> tuple[Tensor, Te
     return inputs, attended
 
 
-def _until_end(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, answers: Sequence[list[int]]) -> list[str]:

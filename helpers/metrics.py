@@ -42,12 +42,13 @@ def response_logits(
             model, models.FINAL, _responses_alone(batch, None if deltas is None else deltas[:, indices])
         ):
             logits = models.causal_lm(model)(input_ids=inputs, attention_mask=attended, use_cache=False).logits
-        return list(zip(indices, logits.split([len(s.response) for s in batch], dim=1)))
+        answers = logits.split([len(s.response) for s in batch], dim=1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return [(i, answer.to(wide).log_softmax(-1).cpu()) for i, answer in zip(indices, answers)]
 
     for batch in activations.shrinking([len(s.ids) for s in sequences], most, compute):
-        for i, logits in batch:
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            yield i, logits.to(wide).log_softmax(-1).cpu(), torch.tensor(sequences[i].response, dtype=torch.long)
+        for i, distributions in batch:
+            yield i, distributions, torch.tensor(sequences[i].response, dtype=torch.long)
 
 
 def _responses_alone(batch: Sequence[Tokens], deltas: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -242,8 +242,15 @@ def _by(name: str) -> Callable[[Sequence[Example], Sequence[str]], np.ndarray]:
 
 
 def _closer(examples: Sequence[Example], answers: Sequence[str]) -> np.ndarray:
-    """ROUGE-L to the chosen answer less that to the rejected one: no opinion, and all that pairs alone allow."""
-    return np.array([metrics.rouge_l(a, e.chosen) - metrics.rouge_l(a, e.rejected) for e, a in zip(examples, answers)])
+    """ROUGE-L to the chosen answer less that to the rejected one: no opinion, and all that pairs alone allow.
+
+    Both are cut to as many words as the answer has. A sampled answer is cut too, and would be closer to the shorter.
+    """
+
+    def likeness(answer: str, reference: str) -> float:
+        return metrics.rouge_l(answer, " ".join(reference.split()[: len(answer.split())]))
+
+    return np.array([likeness(a, e.chosen) - likeness(a, e.rejected) for e, a in zip(examples, answers)])
 
 
 SCORES = {
@@ -274,8 +281,8 @@ class PairsTask(_Task):
         """Pairs for each split; no dialogue's opening is in two. Rows that do not fit the model are set aside."""
         found = sources.read(profiles.source_of(self.profile.data))
         sizes = {split: getattr(self.profile.sizes, split) for split in SPLITS}
-        rows, rng = list(found.rows), random.Random(f"{self.profile.seed}/{self.profile.data}")
-        pool = rng.sample(rows, min(len(rows), self.POOL * sum(sizes.values())))
+        rows = list(found.rows)
+        pool = random.Random(self.profile.seed).sample(rows, min(len(rows), self.POOL * sum(sizes.values())))
         unfit = [self._unfit(row, model, tokenizer) for row in pool]
         fitting = [row for row, reason in zip(pool, unfit) if reason is None]
         set_aside = {**found.set_aside, **Counter(filter(None, unfit))}

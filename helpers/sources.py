@@ -14,7 +14,8 @@ import json
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ ACCEPTED = (
 DEFAULT_SPLITS = ("train_prefs", "train")  # the pairs among UltraFeedback's splits, and what most call theirs
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")  # HH-RLHF's; without the blank line it is part of what was said
 _ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
+_COMMIT = re.compile("[0-9a-f]{40}")
 _BROKEN = re.compile("[\ud800-\udfff]")  # JSON can escape one half of a character of two
 _OASST = {"message_id", "parent_id", "role", "text", "rank"}
 _READ = {"prompt", "chosen", "rejected", *_OASST, "deleted", "review_result"}  # other columns stay unread
@@ -111,10 +113,14 @@ def read(source: str) -> Rows:
 
 
 def identity(source: str) -> str:
-    """What decides the pairs read: the sha256 of a local file, or a hub id as it was given."""
+    """What decides the pairs read: the sha256 of a local file, or a hub id, with its commit unless it names one.
+
+    Raises ValueError for data that cannot be had.
+    """
     path = _local(source)
     if path is None:
-        return source
+        is_pinned = _COMMIT.fullmatch(HUB_ID.fullmatch(source)["revision"] or "")
+        return source if is_pinned else f"{source} {_builder(source).hash}"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -226,17 +232,31 @@ def _from_arrow(table: pyarrow.Table, wanted: Collection[str]) -> tuple[list[dic
     return table.select(kept).to_pylist(), table.column_names
 
 
-def _from_hub(source: str) -> tuple[list[dict], list[str]]:
-    named = HUB_ID.fullmatch(source)
-    name = named["name"]
+@contextmanager
+def _asking_the_hub(source: str) -> Iterator[None]:
     try:
-        splits = datasets.load_dataset(name, data_dir=named["folder"], revision=named["revision"])
+        yield
     except Exception as error:  # any of half a dozen libraries' own; unchained, since it may quote what was sent
         raise ValueError(
             f"The data {source} are not a local file and cannot be had from the Hugging Face hub "
             f"({type(error).__name__}): check the id, your network and your access, or give a local copy with "
             "DATA=<file>."
         ) from None
+
+
+def _builder(source: str) -> datasets.DatasetBuilder:
+    """What reads a data set of the hub at the commit that its revision names today: a branch moves."""
+    named = HUB_ID.fullmatch(source)
+    with _asking_the_hub(source):
+        return datasets.load_dataset_builder(named["name"], data_dir=named["folder"], revision=named["revision"])
+
+
+def _from_hub(source: str) -> tuple[list[dict], list[str]]:
+    named, builder = HUB_ID.fullmatch(source), _builder(source)
+    name = named["name"]
+    with _asking_the_hub(source):
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
     wanted = [named["split"]] if named["split"] else DEFAULT_SPLITS
     found = [split for split in wanted if split in splits]
     if not named["split"] and len(splits) == 1:
@@ -281,7 +301,12 @@ def _form(record: dict) -> tuple:
 
 
 def _of_strings(record: dict) -> Row:
-    return _pair(record["prompt"], record["chosen"], record["rejected"])
+    """The prompt as it is or, where it is HH-RLHF's text up to the assistant's turn, the dialogue that it is."""
+    prompt = record["prompt"]
+    turns = _dialogue(prompt) if prompt.lstrip().startswith("Human:") else ()
+    if turns and turns[-1] == ("assistant", ""):
+        return _pair(turns[:-1], record["chosen"].strip(), record["rejected"].strip())
+    return _pair(prompt, record["chosen"], record["rejected"])
 
 
 def _of_shared_text(record: dict) -> Row:

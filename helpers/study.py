@@ -48,6 +48,7 @@ from helpers.models import FINAL, Pair
 from helpers.preferences import Example
 from helpers.profiles import Health, Profile, Recipe
 from helpers.steering import SteeringVector
+from helpers.training import PreferencePair
 
 # PEFT 0.21.2 asks transformers 5.23.0 by an old name; nothing that a reader of a notebook could mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
@@ -163,6 +164,8 @@ class Study:
     def __init__(self, profile: Profile):
         self.profile = profile
         self.task = preferences.task(profile)
+        self._encoded: dict[str, tuple[list[Tokens], list[Tokens]]] = {}
+        self._stored_states: dict[tuple[str, str], Artifact] = {}
 
     # --- The base model and its preference data ---
 
@@ -238,8 +241,15 @@ class Study:
         return self._examples.read_json("account.json")
 
     def encoded(self, split: str) -> tuple[list[Tokens], list[Tokens]]:
-        """The pairs of a split as token ids: with their chosen answers, with their rejected answers."""
-        return preferences.encode_pairs(self.tokenizer, self.examples[split])
+        """The pairs of a split as token ids: with their chosen answers, with their rejected answers.
+
+        Raises ValueError for an unknown split.
+        """
+        if split not in preferences.SPLITS:
+            raise ValueError(f"There is no split {split!r}: choose from {', '.join(preferences.SPLITS)}.")
+        if split not in self._encoded:
+            self._encoded[split] = preferences.encode_pairs(self.tokenizer, self.examples[split])
+        return self._encoded[split]
 
     def templates(self, split: str) -> np.ndarray:
         """The wording that each prompt of a split shares with others, (N,): what an interval over prompts resamples."""
@@ -353,6 +363,19 @@ class Study:
             return False
         return True
 
+    @cached_property
+    def pairs(self) -> list[PreferencePair]:
+        """The held-in pairs that partners are trained on. What the base makes of them is computed once for them all."""
+
+        def write(folder: Path) -> None:
+            with self.playing("base") as model:
+                pairs = training.pairs_of(model, *self.encoded("heldin"))
+            (folder / "base_logps.json").write_text(json.dumps([pair.base_logps for pair in pairs]))
+
+        code = [activations, metrics.response_logits, metrics.response_logps]
+        made = artifacts.fetch("pairs", {}, write, [self.source, self._examples], code)
+        return list(map(PreferencePair, *self.encoded("heldin"), map(tuple, made.read_json("base_logps.json"))))
+
     @property
     def ready(self) -> Artifact:
         """The ready partner."""
@@ -362,9 +385,8 @@ class Study:
     def adapter(self, recipe: Recipe) -> Artifact:
         """The partner trained by a recipe."""
         params = {"recipe": asdict(recipe), "seed": self.profile.seed}
-        return artifacts.fetch(
-            "partner", params, partial(self.train, recipe), [self.source, self._examples], [training]
-        )
+        code = [training, activations, metrics.response_logits, metrics.response_logps]
+        return artifacts.fetch("partner", params, partial(self.train, recipe), [self.source, self._examples], code)
 
     def train(self, recipe: Recipe, folder: Path) -> None:
         """Train a partner by a recipe into a folder, computing as many pairs at once as fit into memory; `adapter` does
@@ -373,8 +395,10 @@ class Study:
 
     def train_by_parts(self, recipe: Recipe, folder: Path, at_once: int) -> None:
         """Train a partner by a recipe into a folder, `at_once` pairs of a batch at a time."""
+        pairs = self.pairs
+        vars(self).pop("_loaded_base", None)  # one model in memory
         model, tokenizer = models.load(self.source.path, *self._placed)
-        training.train(model, tokenizer, *self.encoded("heldin"), recipe, self.profile.seed, folder, at_once)
+        training.train(model, tokenizer, pairs, recipe, self.profile.seed, folder, at_once)
 
     def _trial(self, recipe: Recipe | None) -> Trial:
         adapter = self.ready if recipe is None else self.adapter(recipe)
@@ -384,7 +408,7 @@ class Study:
             vars(self).pop("_loaded_base", None)
             health, answers = self._health(models.load_pair(self.source.path, adapter.path, *self._placed), base)
             (folder / "health.json").write_text(json.dumps(health))
-            (folder / "answers.json").write_text(json.dumps(answers.to_dict("list")))
+            _write_judged(answers, folder)
 
         upstream = [self.source, self._examples]
         code = [atlas, preferences, generation, metrics]
@@ -445,14 +469,14 @@ class Study:
     def _states(self, role: str, split: str) -> dict[tuple[str, str], Tensor]:
         def write(folder: Path) -> None:
             with self.playing(role) as model:
-                read = activations.hidden_states(
-                    model, self.encoded(split)[0], models.sites(model), activations.POSITIONS, f"states, {role}"
-                )
-            save_file({" ".join(key): value for key, value in read.items()}, folder / "states.safetensors")
+                sequences, sites = self.encoded(split)[0], models.sites(model)
+                activations.hidden_states(model, sequences, sites, activations.POSITIONS, f"states, {role}", folder)
 
-        upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
-        made = artifacts.fetch("states", {"role": role, "split": split}, write, upstream, [activations, models])
-        return {tuple(key.split()): value for key, value in load_file(made.path / "states.safetensors").items()}
+        if (role, split) not in self._stored_states:
+            upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
+            made = artifacts.fetch("states", {"role": role, "split": split}, write, upstream, [activations, models])
+            self._stored_states[role, split] = made
+        return activations.stored(self._stored_states[role, split].path)
 
     def displacements(self, split: str, site: str = FINAL, position: str = "prompt_last") -> Tensor:
         """Delta h = h_dpo - h_base for the prompts of a split, (N, d). ValueError for an unknown site or position."""
@@ -502,9 +526,9 @@ class Study:
         def write(folder: Path) -> None:
             scale = self.states("heldin")["base", site, "prompt_last"].square().mean().sqrt().item()
             seed = self.profile.seed + recipe.seed
-            pairs = training.relabelled(*self.encoded("heldin"), recipe.labels, seed)
+            pairs = training.relabelled(self.pairs, recipe.labels, seed)
             with self.playing("base") as model:
-                v = bipo.optimised_vector(model, *pairs, site, recipe, scale, seed)
+                v = bipo.optimised_vector(model, pairs, site, recipe, scale, seed)
             save_file({"vector": v}, folder / "vector.safetensors")
 
         params = {"recipe": asdict(recipe), "site": site, "seed": self.profile.seed}
@@ -548,17 +572,12 @@ class Study:
     def prompted(self) -> pd.DataFrame:
         """The base's answers to the held-out prompts with the preferred behaviour asked for in words."""
 
-        def write(folder: Path) -> None:
+        def decode() -> list[list[list[int]]]:
             asked = [encoding.encode(self.tokenizer, self.task.asked_for(e)).prompt for e in self.examples["heldout"]]
             with self.playing("base") as model:
-                ids = generation.sample(model, self.tokenizer, asked, self.profile.sizes.new_tokens, self.profile.seed)
-            (folder / "answers.json").write_text(
-                json.dumps(self._judged("heldout", ids, self.playing("base")).to_dict("list"))
-            )
+                return generation.sample(model, self.tokenizer, asked, self.profile.sizes.new_tokens, self.profile.seed)
 
-        code = [atlas, preferences, generation, metrics.token_losses, Study._judged, Study.prompted]
-        made = artifacts.fetch("prompted", {}, write, [self._examples], code)
-        return pd.DataFrame(made.read_json("answers.json"))
+        return self._answers({"role": "base", "split": "heldout", "asked": "in words"}, decode)
 
     def beliefs(self, role: str, deltas: Tensor) -> pd.DataFrame:
         """What a model holds true, whatever it would say, with each of `deltas`, (arms, d), added at `final`.
@@ -615,13 +634,22 @@ class Study:
         )
 
     def _answers(self, params: dict, decode: Callable[[], list[list[list[int]]]]) -> pd.DataFrame:
+        """What `decode` samples, kept as it is, and what the task's judge says of it, kept where it spoke of all."""
+
         def write(folder: Path) -> None:
-            table = self._judged(params["split"], decode(), self.playing("base"))
-            (folder / "answers.json").write_text(json.dumps(table.to_dict("list")))
+            _write_judged(self._judged(params["split"], answers, self.playing("base")), folder)
 
         upstream = [self._examples, self.source if params["role"] == "base" else self.chosen.adapter]
-        code = [atlas, preferences, generation, steering, metrics.token_losses, Study._judged, Study._sampled]
-        made = artifacts.fetch("answers", params, write, upstream, code)
+        sampled = artifacts.fetch(
+            "sampled",
+            params,
+            lambda folder: (folder / "ids.json").write_text(json.dumps(decode())),
+            upstream,
+            [generation, steering, encoding, Study._sampled],
+        )
+        answers = sampled.read_json("ids.json")
+        code = [atlas, preferences, encoding, metrics.token_losses, Study._judged, Study._ended]
+        made = artifacts.fetch("answers", {"split": params["split"]}, write, [self._examples, sampled], code)
         return pd.DataFrame(made.read_json("answers.json"))
 
     # --- On open text ---
@@ -746,7 +774,8 @@ class Study:
         )
 
     def _judged(self, split: str, ids: list[list[list[int]]], as_base: AbstractContextManager) -> pd.DataFrame:
-        """A row an arm and a prompt; `token_loss`, the base's mean loss a token, stands in for rules on real text."""
+        """A row an arm and a prompt; `token_loss`, the base's mean loss a token of an answer and its end, stands in for
+        rules on real text."""
         rows = []
         for arm, answers in enumerate(ids):
             texts = generation.texts(self.tokenizer, answers)
@@ -754,16 +783,15 @@ class Study:
                 rows.append({"arm": arm, "prompt": i, "text": texts[i], "ids": answers[i], **judged})
         table = pd.DataFrame(rows)
         if "well_formed" not in table:
-            prompts = [tokens.prompt for tokens in self.encoded(split)[0]]
+            prompts = [self.encoded(split)[0][i].prompt for i in table["prompt"]]
             with as_base as model:
-                sequences = [Tokens(prompts[row.prompt], row.ids) for row in table.itertuples()]
-                table["token_loss"] = metrics.token_losses(model, sequences)
+                table["token_loss"] = metrics.token_losses(model, self._ended(prompts, table["ids"]))
         return table
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        """An answer's tokens with the end of the sequence, unless it was cut before it came to one."""
-        end, cut = self.tokenizer.eos_token_id, len(ids) == self.profile.sizes.new_tokens
-        return ids if cut or end is None else [*ids, end]
+    def _ended(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Tokens]:
+        """Sampled answers to prompts, each with its end unless it was cut before it came to one."""
+        ends, most = encoding.ends(self.tokenizer), self.profile.sizes.new_tokens
+        return [Tokens(prompt, encoding.ended(ids, ends, most)) for prompt, ids in zip(prompts, answers, strict=True)]
 
     def likelihoods(self, role: str, deltas: Tensor) -> pd.DataFrame:
         """What each of `deltas`, (arms, d), added at `final` does to log-probabilities on the held-out pairs.
@@ -776,8 +804,7 @@ class Study:
         def write(folder: Path) -> None:
             goal = "dpo" if role == "base" else "base"
             chosen, rejected = self.encoded("heldout")
-            answers = self.answers(goal, "heldout")["ids"]
-            answered = [Tokens(c.prompt, self._ended(ids)) for c, ids in zip(chosen, answers)]
+            answered = self._ended([tokens.prompt for tokens in chosen], self.answers(goal, "heldout")["ids"])
             with self.playing(role) as model:
                 likelier, other = (metrics.response_logps(model, given, deltas) for given in (chosen, rejected))
             kl = np.concatenate([self._kl(goal, role, some, deltas) for some in self._in_memory(answered)], axis=1)
@@ -808,6 +835,13 @@ class Study:
         longest = max(len(tokens.response) for tokens in answered)
         n = max(1, metrics.MAX_LOGITS // (vocabulary * max(longest, 1)))
         return (answered[i : i + n] for i in range(0, len(answered), n))
+
+
+def _write_judged(answers: pd.DataFrame, folder: Path) -> None:
+    """Keep judged answers; those of which a judge could not be asked are to be judged in a later session."""
+    (folder / "answers.json").write_text(json.dumps(answers.to_dict("list")))
+    if answers["preferred"].isna().any():
+        (folder / artifacts.UNFINISHED).touch()
 
 
 Stages = Callable[[Study], object]  # asks a study for some of its stages, which are computed thereby

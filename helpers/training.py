@@ -2,33 +2,58 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, find_executable_batch_size, release_memory
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from accelerate.utils import find_executable_batch_size, release_memory
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from helpers import models
+from helpers import metrics, models
 from helpers.activations import Tokens
 from helpers.profiles import Recipe
 
 disable_progress_bars()  # datasets' own bars; ours say what takes long
 
 
-class _TokenisedDPOTrainer(DPOTrainer):
+class PreferencePair(NamedTuple):
+    """A chosen and a rejected answer to one prompt, and the base's log-probabilities of the two, in nats."""
+
+    chosen: Tokens
+    rejected: Tokens
+    base_logps: tuple[float, float]
+
+    @property
+    def swapped(self) -> "PreferencePair":
+        return PreferencePair(self.rejected, self.chosen, self.base_logps[::-1])
+
+    @property
+    def length(self) -> int:
+        """Of the longer of its two sequences, in tokens."""
+        return max(len(self.chosen.ids), len(self.rejected.ids))
+
+
+def pairs_of(model, chosen: Sequence[Tokens], rejected: Sequence[Tokens]) -> list[PreferencePair]:
+    """The pairs that a partner of `model`, its base, is trained on."""
+    logps = [metrics.response_logps(model, answers).tolist() for answers in (chosen, rejected)]
+    return list(map(PreferencePair, chosen, rejected, zip(*logps)))
+
+
+class _PreparedDPOTrainer(DPOTrainer):
     """TRL's trainer on pairs that are token ids already, so that training, activations and log-probabilities see the
-    same ones; on-policy answers keep the very tokens that were sampled."""
+    same ones (on-policy answers keep the very tokens that were sampled), and that hold the reference's
+    log-probabilities, which many partners of one base share."""
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+    def _precompute_ref_logps(self, dataset, *args, **kwargs):
         return dataset
 
 
@@ -49,35 +74,30 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
-def preference_dataset(chosen: Sequence[Tokens], rejected: Sequence[Tokens]) -> Dataset:
-    """Pairs of completions of the same prompts in the columns that TRL's DPO collator reads, from short to long.
+def preference_dataset(pairs: Sequence[PreferencePair]) -> Dataset:
+    """Pairs in the columns that TRL's DPO collator reads, from short to long.
 
     `length`, in tokens, lets the trainer draw batches of similar length: little of them is padding.
     """
-    pairs = sorted(zip(chosen, rejected), key=_length)
+    pairs = sorted(pairs, key=lambda pair: pair.length)
     return Dataset.from_dict(
         {
-            "prompt_ids": [c.prompt for c, _ in pairs],
-            "chosen_ids": [c.response for c, _ in pairs],
-            "rejected_ids": [r.response for _, r in pairs],
-            "length": [_length(pair) for pair in pairs],
+            "prompt_ids": [pair.chosen.prompt for pair in pairs],
+            "chosen_ids": [pair.chosen.response for pair in pairs],
+            "rejected_ids": [pair.rejected.response for pair in pairs],
+            "ref_chosen_logps": [pair.base_logps[0] for pair in pairs],
+            "ref_rejected_logps": [pair.base_logps[1] for pair in pairs],
+            "length": [pair.length for pair in pairs],
         }
     )
 
 
-def _length(pair: tuple[Tokens, Tokens]) -> int:
-    return max(len(tokens.ids) for tokens in pair)
-
-
-def relabelled(
-    chosen: Sequence[Tokens], rejected: Sequence[Tokens], labels: str, seed: int
-) -> tuple[list[Tokens], list[Tokens]]:
-    """(chosen, rejected) with their labels as they are ("true"), all swapped ("reversed"), or each with probability 1/2
+def relabelled(pairs: Sequence[PreferencePair], labels: str, seed: int) -> list[PreferencePair]:
+    """Pairs with their labels as they are ("true"), all swapped ("reversed"), or each with probability 1/2
     ("shuffled")."""
     rng = random.Random(seed)
     swap_share = {"true": 0.0, "shuffled": 0.5, "reversed": 1.0}[labels]
-    pairs = [(r, c) if rng.random() < swap_share else (c, r) for c, r in zip(chosen, rejected)]
-    return [c for c, _ in pairs], [r for _, r in pairs]
+    return [pair.swapped if rng.random() < swap_share else pair for pair in pairs]
 
 
 def _losses(recipe: Recipe) -> tuple[list[str], list[float]]:
@@ -138,7 +158,7 @@ def dpo_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = _TokenisedDPOTrainer(
+    trainer = _PreparedDPOTrainer(
         model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter
     )
     trainer.remove_callback(PrinterCallback)
@@ -168,29 +188,10 @@ def within_memory(attempt: Callable[[int], None], batch_size: int) -> None:
     find_executable_batch_size(freed, batch_size, next_smaller)()
 
 
-@contextmanager
-def _read_by_all(dataset: Dataset, folder: Path) -> Iterator[Dataset]:
-    """The pairs, where there are several processes from one file of them all: beside it TRL's main process leaves the
-    reference's log-probabilities, for the others to read."""
-    state = PartialState()
-    if state.num_processes == 1:
-        yield dataset
-    elif state.is_main_process:
-        with TemporaryDirectory(dir=folder) as shared:
-            dataset.save_to_disk(shared)
-            broadcast_object_list([shared])
-            yield load_from_disk(shared)
-            state.wait_for_everyone()
-    else:
-        yield load_from_disk(*broadcast_object_list([None]))
-        state.wait_for_everyone()
-
-
 def train(
     model,
     tokenizer,
-    chosen: Sequence[Tokens],
-    rejected: Sequence[Tokens],
+    pairs: Sequence[PreferencePair],
     recipe: Recipe,
     seed: int,
     folder: Path,
@@ -198,8 +199,8 @@ def train(
 ) -> None:
     """Train by a recipe and save the adapter (at rank 0 the whole model and its tokenizer) with its log.
 
-    log.csv has a row a step of TRL's metrics. `model` is consumed: TRL leaves its forward pass changed, so load it
-    again for anything else. at_once: as in `dpo_trainer`.
+    pairs: `pairs_of` this model. log.csv has a row a step of TRL's metrics. `model` is consumed: TRL leaves its forward
+    pass changed, so load it again for anything else. at_once: as in `dpo_trainer`.
 
     Several processes (helpers/launch.py) call this together, each with a model of its own and all with one folder, in
     which the main one saves. Their partner starts from the same weights as that of one process and sees the same pairs
@@ -209,11 +210,10 @@ def train(
     """
     seed += recipe.seed
     set_seed(seed)
-    pairs = preference_dataset(*relabelled(chosen, rejected, recipe.labels, seed))
-    with _read_by_all(pairs, folder) as dataset:
-        trainer = dpo_trainer(model, tokenizer, dataset, recipe, seed, folder, at_once)
-        trainer.add_callback(ProgressBar(f"{recipe.objective.upper()}, beta {recipe.beta:g}"))
-        trainer.train()
+    dataset = preference_dataset(relabelled(pairs, recipe.labels, seed))
+    trainer = dpo_trainer(model, tokenizer, dataset, recipe, seed, folder, at_once)
+    trainer.add_callback(ProgressBar(f"{recipe.objective.upper()}, beta {recipe.beta:g}"))
+    trainer.train()
     if trainer.is_world_process_zero():
         _save(trainer, tokenizer, recipe, folder)
 

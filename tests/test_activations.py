@@ -65,6 +65,18 @@ def test_states_do_not_depend_on_the_padding_side(architecture, model):
         close(read[site, "prompt_last"], states[site][:, -1], atol=1e-4, rtol=1e-4)
 
 
+def test_states_that_go_to_files_are_those_that_stay_in_memory(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "MAX_BATCH_TOKENS", 20)
+    of = (model, SEQUENCES, models.sites(model), activations.POSITIONS)
+    in_memory, read = activations.hidden_states(*of), activations.hidden_states(*of, folder=tmp_path)
+    found = activations.stored(tmp_path)
+    assert found.keys() == in_memory.keys() and len(list(tmp_path.iterdir())) == len(found)
+    for key, states in in_memory.items():
+        assert torch.equal(found[key], states) and torch.equal(read[key], states)
+    found["final", "prompt_last"][:] = 0  # what is read is nobody else's
+    assert activations.stored(tmp_path)["final", "prompt_last"].any()
+
+
 def test_rows_keep_their_order_over_many_small_batches(llama, monkeypatch):
     sites = ["resid[1]"]
     at_once = activations.hidden_states(llama, SEQUENCES, sites)
@@ -179,10 +191,10 @@ def test_states_are_the_same_where_memory_sufficed_for_one_sequence_alone(llama,
     expected = activations.hidden_states(llama, SEQUENCES, ["final"], activations.POSITIONS)
     read = activations._read
 
-    def small(model, sequences, batch, rows):
+    def small(model, batch, *args):
         if len(batch) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return read(model, sequences, batch, rows)
+        return read(model, batch, *args)
 
     monkeypatch.setattr(activations, "_read", small)
     found = activations.hidden_states(llama, SEQUENCES, ["final"], activations.POSITIONS)

@@ -305,3 +305,42 @@ def test_the_root_is_in_the_project_wherever_one_stands(tmp_path, monkeypatch, r
     assert artifacts.root() == artifacts.PROJECT / "artifacts"
     monkeypatch.setenv("DSTEER_ARTIFACTS", "")
     assert artifacts.root() == artifacts.PROJECT / "artifacts"
+
+
+class Patchy(Maker):
+    """Is unfinished the first `misses` times that it is called."""
+
+    def __init__(self, misses):
+        super().__init__()
+        self.misses = misses
+
+    def __call__(self, folder):
+        super().__call__(folder)
+        if self.calls <= self.misses:
+            (folder / artifacts.UNFINISHED).touch()
+
+
+def test_what_is_unfinished_is_taken_by_this_process_and_made_again_by_the_next(monkeypatch):
+    make = Patchy(misses=1)
+    first = fetch("stage", {}, make)
+    assert fetch("stage", {}, make) == first and make.calls == 1
+    monkeypatch.setattr(artifacts, "_tried_here", set())  # as in another process
+    with artifacts.nothing_made():
+        assert fetch("stage", {}, make) == first and make.calls == 1
+    again = fetch("stage", {}, make)
+    assert again == first and make.calls == 2 and again.read_json("a.json")["call"] == 2
+    monkeypatch.setattr(artifacts, "_tried_here", set())
+    assert fetch("stage", {}, make) == first and make.calls == 2
+
+
+def test_what_is_unfinished_stays_where_making_it_again_fails(root, monkeypatch):
+    fetch("stage", {}, Patchy(misses=1))
+    kept = stored(root)
+    monkeypatch.setattr(artifacts, "_tried_here", set())
+
+    def fail(folder):
+        raise OSError("no network")
+
+    with pytest.raises(OSError, match="no network"):
+        fetch("stage", {}, fail)
+    assert stored(root) == kept

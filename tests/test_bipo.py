@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import WIDTH, hook_count, random_ids, random_vector, tiny
 
-from helpers import bipo, gradients, metrics, steering
+from helpers import bipo, gradients, metrics, steering, training
 from helpers.activations import Tokens
 from helpers.profiles import Recipe
 
@@ -37,11 +37,12 @@ def double():
 
 
 def loss(model, v, site="resid[1]", recipe=RECIPE):
-    return bipo._loss(model, CHOSEN, REJECTED, site, v, recipe)
+    pairs = training.pairs_of(model, CHOSEN, REJECTED)
+    return bipo._loss(model, pairs, site, v, recipe, (len(pairs), bipo._chosen_tokens(pairs)))
 
 
 def trained(model, site="resid[1]", recipe=RECIPE, seed=0):
-    return bipo.optimised_vector(model, CHOSEN, REJECTED, site, recipe, scale=1.0, seed=seed)
+    return bipo.optimised_vector(model, training.pairs_of(model, CHOSEN, REJECTED), site, recipe, scale=1.0, seed=seed)
 
 
 @torch.no_grad()
@@ -107,8 +108,8 @@ def test_training_again_gives_the_same_vector_and_another_seed_another(llama):
 def test_every_pair_is_read_once_an_epoch_with_its_own_rejected_answer(llama, monkeypatch):
     batches = []
 
-    def noted(model, chosen, rejected, site, v, recipe):
-        batches.append(list(zip(map(CHOSEN.index, chosen), map(REJECTED.index, rejected))))
+    def noted(model, pairs, site, v, *_):
+        batches.append([(CHOSEN.index(pair.chosen), REJECTED.index(pair.rejected)) for pair in pairs])
         return v.square().sum()
 
     monkeypatch.setattr(bipo, "_loss", noted)
@@ -122,8 +123,24 @@ def test_every_pair_is_read_once_an_epoch_with_its_own_rejected_answer(llama, mo
 
 def test_steps_are_a_tenth_of_the_scale(llama, monkeypatch):
     """Adam's first step is as long as its learning rate in every coordinate."""
-    monkeypatch.setattr(bipo, "_loss", lambda model, chosen, rejected, site, v, recipe: v.sum())
-    once = replace(RECIPE, epochs=1, batch_size=7)
+    monkeypatch.setattr(bipo, "_loss", lambda model, pairs, site, v, *_: v.sum())
+    once, pairs = replace(RECIPE, epochs=1, batch_size=7), training.pairs_of(llama, CHOSEN, REJECTED)
     for scale in (1.0, 20.0):
-        v = bipo.optimised_vector(llama, CHOSEN, REJECTED, "final", once, scale, seed=0)
+        v = bipo.optimised_vector(llama, pairs, "final", once, scale, seed=0)
         torch.testing.assert_close(v, torch.full((WIDTH,), -scale / 10), atol=5e-3 * scale, rtol=0)
+
+
+def test_out_of_memory_a_batch_is_computed_by_parts_and_its_gradient_is_the_same(double, monkeypatch):
+    v, whole, tried = V.clone().requires_grad_(True), bipo._loss, []
+    (expected,) = torch.autograd.grad(loss(double, v), v)
+
+    def short_of_memory(model, pairs, *args):
+        tried.append(len(pairs))
+        if len(pairs) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(model, pairs, *args)
+
+    monkeypatch.setattr(bipo, "_loss", short_of_memory)
+    found = bipo._gradient(double, training.pairs_of(double, CHOSEN, REJECTED), "resid[1]", v, RECIPE)
+    assert tried == [7, 3, 3, 1]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)

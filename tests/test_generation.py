@@ -10,10 +10,10 @@ import torch
 from conftest import CONTEXT, LAYERS, WIDTH, random_ids, random_vector, tiny, with_adapter
 from scipy import stats
 
-from helpers import generation, models, steering
+from helpers import encoding, generation, models, steering
 
 END = 2
-TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=END)
+TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=END, chat_template=None)
 PROMPTS = [random_ids(length, seed) for seed, length in enumerate([7, 3, 12, 3, 1, 9])]
 V = 2 * random_vector(WIDTH)
 
@@ -54,6 +54,17 @@ def test_sampled_answers_have_the_model_s_own_distribution(dose):
     expected = n * np.array([sum(exact[a] for a in cell) for cell in cells])
     assert len(cells) > 8
     assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 0.01
+
+
+def test_an_answer_stops_at_whatever_ends_it_first(llama, monkeypatch):
+    one, more = sample(llama, new_tokens=30)[0], Counter()
+    others = [token for answer in one for token in answer][:3]
+    monkeypatch.setattr(encoding, "ends", lambda tokenizer: [END, *others])
+    for answer, longer in zip(sample(llama, new_tokens=30)[0], one):
+        first = next((i for i, token in enumerate(longer) if token in others), len(longer))
+        more[first < len(longer)] += 1
+        assert answer == longer[:first]
+    assert more[True]
 
 
 def test_two_seeds_give_two_samples_and_one_seed_the_same(llama):

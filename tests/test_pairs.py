@@ -193,6 +193,7 @@ def test_there_is_a_score_for_every_name_that_a_profile_may_give():
         ("closer", "it is good", (1, 1)),
         ("closer", "no it is bad", (0, 0)),
         ("closer", "something else", (0, 1)),
+        ("closer", "it is", (1, 1)),  # of the rejected answer's first two words it has one
         ("sentiment", "I love this happy day.", (1, 1)),
         ("sentiment", "I hate this sad day.", (0, 0)),
         ("sentiment", "It is a box.", (0, 1)),
@@ -206,6 +207,13 @@ def test_a_score_judges_answers(task, rows, score, answer, judged):
     example = Example("Tell me.", "it is good", "no it is bad")
     ((found),) = task(rows, score=score).judged([example], [answer])
     assert (found["preferred"], found["not_opposed"]) == judged
+
+
+def test_an_answer_is_not_closer_to_a_pair_s_shorter_answer_for_its_length(task, rows):
+    """An answer that was cut after four words, of which each of the two begins with the same number."""
+    example = Example("Tell me.", "one two x y and much more that no answer of four words can hold", "one two v w")
+    ((found),) = task(rows, score="closer").judged([example], ["one two three four"])
+    assert (found["preferred"], found["not_opposed"]) == (0, 1)
 
 
 def test_where_the_judge_fails_nothing_is_said(task, rows, monkeypatch):

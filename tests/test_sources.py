@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import pandas as pd
@@ -273,6 +274,15 @@ def test_a_speaker_s_name_without_a_blank_line_is_part_of_what_was_said(read):
     assert found.rows == (Row((("user", "Why Human: me?"),), answer, "No."),)
 
 
+def test_a_dialogue_s_text_as_a_prompt_of_its_own_is_the_same_pair(read):
+    """As some copies of HH-RLHF have it; without the assistant's turn at its end, a prompt is text."""
+    before = dialogue("What is red?", "Say more.", "Any one thing.")
+    whole = {"chosen": f"{before}\n\nAssistant: A rose.", "rejected": f"{before}\n\nAssistant: Snow."}
+    asked = {"prompt": f"{before}\n\nAssistant:", "chosen": " A rose.", "rejected": " Snow."}
+    assert read(asked).rows == read(whole).rows and len(read(asked).rows[0].prompt) == 3
+    assert read(asked | {"prompt": before}).rows == (Row(before, " A rose.", " Snow."),)
+
+
 @pytest.mark.parametrize(
     "chosen, rejected, reason",
     [
@@ -494,7 +504,7 @@ def test_every_kind_of_file_gives_the_same_rows(stored, read, suffix, form):
 
 def test_a_file_is_read_offline_without_the_hub_s_library_and_leaves_nothing_behind(stored, tmp_path, monkeypatch):
     path = stored([PLAIN], ".parquet")
-    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)
     monkeypatch.chdir(tmp_path)
     assert len(sources.read("pairs.parquet").rows) == len(sources.read(path).rows) == 1
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -525,14 +535,26 @@ def test_numbers_and_dates_in_strings_stay_strings(read):
     assert read(row).rows == (Row(**row),)
 
 
-def test_the_identity_of_a_file_is_its_content_s_and_that_of_a_hub_id_itself(stored, tmp_path):
+def test_the_identity_of_a_file_is_its_content_s(stored, tmp_path):
     path = stored([PLAIN], ".jsonl.gz")
     found = sources.identity(path)
     assert found == hashlib.sha256((tmp_path / "pairs.jsonl.gz").read_bytes()).hexdigest()
     (tmp_path / "copy.json").write_bytes((tmp_path / "pairs.jsonl.gz").read_bytes())
     assert sources.identity(str(tmp_path / "copy.json")) == found
     assert sources.identity(stored([OTHER], ".jsonl.gz")) != found
-    assert sources.identity("Anthropic/hh-rlhf/harmless-base@main:test") == "Anthropic/hh-rlhf/harmless-base@main:test"
+
+
+def test_the_identity_of_a_hub_id_names_a_commit(monkeypatch):
+    """Its own, for which nobody is asked, or the one that its branch stands at."""
+    pinned = f"owner/name/part@{'0123456789' * 4}:test"
+    assert sources.identity(pinned) == pinned
+    found = set()
+    for commit in ("first", "second"):
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash=commit))
+        found |= {sources.identity("owner/name"), sources.identity("owner/name@main:test")}
+    assert found == {
+        f"{name} {commit}" for name in ("owner/name", "owner/name@main:test") for commit in ("first", "second")
+    }
 
 
 @pytest.mark.parametrize(
@@ -632,7 +654,7 @@ def test_no_pickle_is_read_whatever_it_is_called(tmp_path, name):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Stands in for the hub: its data sets are folders here, which the library itself loads."""
-    load, calls = datasets.load_dataset, []
+    load, calls = datasets.load_dataset_builder, []
 
     def from_folder(name, data_dir=None, revision=None):
         calls.append((name, data_dir, revision))
@@ -644,7 +666,7 @@ def hub(tmp_path, monkeypatch):
         for split, rows in splits.items():
             (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
-    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    monkeypatch.setattr(datasets, "load_dataset_builder", from_folder)
     add.calls, add.folder = calls, tmp_path / "hub"
     return add
 
@@ -696,7 +718,8 @@ def test_every_form_is_read_from_the_hub_as_from_a_file(hub, read):
 )
 def test_without_a_split_the_training_pairs_are_taken(monkeypatch, found, taken):
     splits = {name: datasets.Dataset.from_list([{**PLAIN, "prompt": name}]) for name in found}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
+    builder = SimpleNamespace(download_and_prepare=lambda: None, as_dataset=lambda: datasets.DatasetDict(splits))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     assert [row.prompt for row in sources.read("owner/name").rows] == [taken]
     assert [row.prompt for row in sources.read(f"owner/name:{found[0]}").rows] == [found[0]]
 
@@ -722,7 +745,7 @@ def test_what_cannot_be_had_from_the_hub_is_refused_without_a_word_of_what_was_s
     def fail(*_, **__):
         raise error("401 for https://huggingface.co, Authorization: Bearer hf_secret")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     message = (
         r"The data owner/name@main are not a local file.*check the id, your network and your access, or .*DATA=<file>\."
     )

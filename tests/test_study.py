@@ -65,7 +65,7 @@ def alone(trained, monkeypatch):
         raise AssertionError("computed again")
 
     for module, name in (
-        (pretraining, "Trainer"), (training, "_TokenisedDPOTrainer"), (generation, "sample"),
+        (pretraining, "Trainer"), (training, "_PreparedDPOTrainer"), (generation, "sample"),
         (activations, "hidden_states"), (bipo, "optimised_vector"), (parallel, "each"), (artifacts, "_write"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, refuse)
@@ -182,6 +182,14 @@ def test_splits_have_the_sizes_asked_for_and_share_no_prompt(trained):
     prompts = [e.prompt for rows in trained.examples.values() for e in rows]
     assert len(set(prompts)) == len(prompts)
     assert trained.examples == trained.task.draw(None, None).examples  # through JSON and back
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda s: s.encoded("test"), lambda s: s.sweep("base", "final", torch.zeros(1, 32), split="test")]
+)
+def test_an_unknown_split_is_refused(trained, ask):
+    with pytest.raises(ValueError, match="There is no split 'test': choose from heldin, validation, heldout."):
+        ask(trained)
 
 
 def test_encoded_pairs_are_the_examples(trained):
@@ -461,7 +469,7 @@ def test_prompting_asks_the_base_for_the_behaviour_in_every_prompt(trained, monk
         return [[[7]] * len(prompts)]
 
     monkeypatch.setattr(generation, "sample", sample)
-    monkeypatch.setattr(artifacts, "fetch", lambda _, __, write, *___: write(tmp_path) or Artifact(tmp_path, "key"))
+    monkeypatch.setattr(artifacts, "fetch", lambda _, __, write, *___: (write(tmp_path), Artifact(tmp_path, "key"))[1])
     assert len(trained.prompted()) == 8
     assert asked == [
         encoding.encode(trained.tokenizer, f"{example.prompt} Answer warmly.").prompt
@@ -611,7 +619,7 @@ def test_beliefs_are_by_hand_how_the_true_value_stands_among_all_of_its_kind(tra
 def test_the_optimised_vector_is_trained_on_the_held_in_pairs_of_the_base(trained, monkeypatch):
     scale = trained.states("heldin")["base", "final", "prompt_last"].numpy()
     expected = bipo.optimised_vector(
-        models.load(trained.source.path)[0], *trained.encoded("heldin"), "final", PROFILE.recipes[0],
+        models.load(trained.source.path)[0], trained.pairs, "final", PROFILE.recipes[0],
         float(np.sqrt((scale**2).mean())), PROFILE.seed,
     )  # fmt: skip
     found = trained.optimised_vector()

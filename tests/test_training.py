@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 from helpers import atlas, gradients, metrics, models, preferences, training
 from helpers.activations import Tokens
 from helpers.profiles import LABELS, Recipe
+from helpers.training import PreferencePair
 
 WORLD = atlas.Atlas(20, seed=0)
 
@@ -45,19 +46,32 @@ def organism(tokenizer, dtype=torch.float64):
     return copy.deepcopy(tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=128)).to(dtype)
 
 
+def dataset(model, encoded):
+    return training.preference_dataset(training.pairs_of(model, *encoded))
+
+
+def train(base, encoded, *args):
+    """Train a partner of the base in a folder."""
+    model, tokenizer = models.load(base)
+    training.train(model, tokenizer, training.pairs_of(model, *encoded), *args)
+
+
 @pytest.fixture
 def trainer(tokenizer, encoded, tmp_path):
     def make(**changes):
         recipe = Recipe(**{"beta": 0.7, "batch_size": 12, "rank": 2, "epochs": 1, **changes})
         model = organism(tokenizer)
-        return training.dpo_trainer(model, tokenizer, training.preference_dataset(*encoded), recipe, 0, tmp_path)
+        return training.dpo_trainer(model, tokenizer, dataset(model, encoded), recipe, 0, tmp_path)
 
     return make
 
 
+@torch.no_grad()
 def trl_loss(trainer) -> float:
-    with torch.no_grad():
-        return trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).item()
+    """Of one batch, by TRL alone: the reference's log-probabilities are its own too."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = trainer.compute_ref_log_probs(trainer.model, batch)
+    return trainer.compute_loss(trainer.model, batch).item()
 
 
 def our_loss(model, chosen, rejected, beta: float) -> float:
@@ -78,6 +92,18 @@ def kick(model) -> None:
 
 def test_the_loss_is_log_2_before_the_first_step(trainer):
     assert trl_loss(trainer()) == pytest.approx(math.log(2), abs=1e-6)
+
+
+@torch.no_grad()
+def test_the_reference_s_log_probabilities_are_those_that_trl_would_compute(trainer):
+    """Also after the adapter has moved: they are the base's."""
+    made = trainer()
+    kick(made.model)
+    batch = next(iter(made.get_train_dataloader()))
+    theirs = made.compute_ref_log_probs(made.model, batch)
+    for name, logps in zip(("ref_chosen_logps", "ref_rejected_logps"), theirs):
+        torch.testing.assert_close(batch[name], logps.float(), rtol=1e-5, atol=0)
+    assert len(batch["ref_chosen_logps"].unique()) > 6
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
@@ -155,7 +181,7 @@ def partner(tokenizer, encoded, tmp_path_factory):
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     recipe = Recipe(beta=1.0, learning_rate=1e-2, epochs=4, batch_size=4, rank=2)
-    training.train(*models.load(base), *encoded, recipe, 0, adapter)
+    train(base, encoded, recipe, 0, adapter)
     return base, adapter, recipe
 
 
@@ -183,7 +209,7 @@ def test_the_log_has_a_row_a_step_and_starts_at_log_2(partner):
 def test_training_again_gives_the_same_adapter(partner, encoded, tmp_path):
     base, adapter, recipe = partner
     torch.rand(3)
-    training.train(*models.load(base), *encoded, recipe, 0, tmp_path)
+    train(base, encoded, recipe, 0, tmp_path)
     assert bytes_of(tmp_path)["adapter_model.safetensors"] == bytes_of(adapter)["adapter_model.safetensors"]
     assert bytes_of(tmp_path)["log.csv"] == bytes_of(adapter)["log.csv"]
 
@@ -193,7 +219,7 @@ def test_a_recipe_s_seed_is_added_to_the_profile_s(partner, encoded, tmp_path):
     few, short = [answers[:4] for answers in encoded], replace(recipe, epochs=1)
     runs = {"3 + 0": (short, 3), "1 + 2": (replace(short, seed=2), 1), "0 + 0": (short, 0)}
     for name, (of_run, seed) in runs.items():
-        training.train(*models.load(base), *few, of_run, seed, tmp_path / name)
+        train(base, few, of_run, seed, tmp_path / name)
     found = {name: bytes_of(tmp_path / name)["adapter_model.safetensors"] for name in runs}
     assert found["3 + 0"] == found["1 + 2"] != found["0 + 0"]
 
@@ -202,7 +228,7 @@ def test_a_recipe_s_seed_is_added_to_the_profile_s(partner, encoded, tmp_path):
 
 
 def train_by_parts(partner, encoded, folder, at_once):
-    training.train(*models.load(partner[0]), *encoded, partner[2], 0, folder, at_once)
+    train(partner[0], encoded, partner[2], 0, folder, at_once)
     return pd.read_csv(folder / "log.csv"), load_file(folder / "adapter_model.safetensors")
 
 
@@ -294,18 +320,19 @@ def test_a_model_in_16_bits_trains_under_autocast_on_a_gpu_alone(device, dtype, 
 
 @pytest.fixture(scope="module")
 def many():
-    """Pairs that can be told apart by their prompts: (chosen, rejected)."""
-    return [Tokens([i], [1, i]) for i in range(1000)], [Tokens([i], [2, i]) for i in range(1000)]
+    """Pairs that can be told apart by their prompts."""
+    return [PreferencePair(Tokens([i], [1, i]), Tokens([i], [2, i]), (-1.0 * i, -2.0 * i)) for i in range(1000)]
 
 
 def test_true_labels_stay_and_reversed_ones_are_swapped(many):
-    assert training.relabelled(*many, "true", 0) == many
-    assert training.relabelled(*many, "reversed", 0) == (many[1], many[0])
+    assert training.relabelled(many, "true", 0) == many
+    reversed_ones = training.relabelled(many, "reversed", 0)
+    assert reversed_ones[3] == (Tokens([3], [2, 3]), Tokens([3], [1, 3]), (-6.0, -3.0))
+    assert [pair.swapped for pair in reversed_ones] == many
 
 
 def test_shuffled_labels_are_wrong_for_about_half_of_the_pairs_each_by_itself(many):
-    chosen, _ = training.relabelled(*many, "shuffled", 0)
-    swapped = [c.response[0] == 2 for c in chosen]
+    swapped = [pair.chosen.response[0] == 2 for pair in training.relabelled(many, "shuffled", 0)]
     assert stats.binomtest(sum(swapped), 1000).pvalue > 0.01
     changes = sum(a != b for a, b in itertools.pairwise(swapped))  # no runs: about as often as not
     assert stats.binomtest(changes, 999).pvalue > 0.01
@@ -313,18 +340,18 @@ def test_shuffled_labels_are_wrong_for_about_half_of_the_pairs_each_by_itself(ma
 
 @pytest.mark.parametrize("labels", LABELS)
 def test_relabelling_keeps_every_pair_together_and_in_its_place(many, labels):
-    found = training.relabelled(*many, labels, 1)
-    assert [{*map(str, pair)} for pair in zip(*found)] == [{*map(str, pair)} for pair in zip(*many)]
+    found = training.relabelled(many, labels, 1)
+    assert all(pair in (given, given.swapped) for pair, given in zip(found, many, strict=True))
 
 
 def test_shuffled_labels_follow_the_seed(many):
-    first, again, other = (training.relabelled(*many, "shuffled", seed) for seed in (5, 5, 6))
+    first, again, other = (training.relabelled(many, "shuffled", seed) for seed in (5, 5, 6))
     assert first == again != other
 
 
 def test_a_partner_of_reversed_labels_prefers_the_other_answers(partner, encoded, tmp_path):
     base, _, recipe = partner
-    training.train(*models.load(base), *encoded, replace(recipe, labels="reversed"), 0, tmp_path)
+    train(base, encoded, replace(recipe, labels="reversed"), 0, tmp_path)
     assert (margins_gained(base, tmp_path, encoded) < 0).mean() > 0.9
 
 
@@ -336,7 +363,7 @@ def whole(partner, encoded, tmp_path_factory):
     """The folder of a partner trained at rank 0, on the same base, and its recipe."""
     base, _, recipe = partner
     folder, recipe = tmp_path_factory.mktemp("whole"), replace(recipe, rank=0, learning_rate=1e-3)
-    training.train(*models.load(base), *encoded, recipe, 0, folder)
+    train(base, encoded, recipe, 0, folder)
     return folder, recipe
 
 
@@ -366,7 +393,7 @@ def test_at_rank_0_the_log_starts_at_log_2(whole):
 
 def test_at_rank_0_training_again_gives_the_same_bytes(partner, whole, encoded, tmp_path):
     torch.rand(3)
-    training.train(*models.load(partner[0]), *encoded, whole[1], 0, tmp_path)
+    train(partner[0], encoded, whole[1], 0, tmp_path)
     assert bytes_of(tmp_path) == bytes_of(whole[0])
 
 
@@ -387,7 +414,7 @@ def test_our_token_ids_are_those_that_trl_would_make(partner, encoded, examples,
     arguments = DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none", max_length=None)
     model, tokenizer = models.load(partner[0])
     theirs = DPOTrainer(model, args=arguments, train_dataset=conversations, processing_class=tokenizer).train_dataset
-    ours = training.preference_dataset(*encoded)
+    ours = dataset(model, encoded)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [sorted(zip(*(dataset[column][:] for column in columns))) for dataset in (theirs, ours)]
     assert rows[0] == rows[1]
