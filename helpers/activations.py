@@ -97,6 +97,17 @@ def _read(model: nn.Module, batch: Sequence[Tokens], sites: Sequence[str], posit
         models.decoder(model)(input_ids=inputs, attention_mask=attended, use_cache=False)
 
 
+def rounding(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far rounding to `dtype` alone moves the difference of two states of about this size, (N, d) -> (N,): the root
+    mean square norm where each coordinate's two errors are uniform in half a step of its own.
+
+    A displacement that is not well above it may be the arithmetic's; through many rounded layers states move further.
+    """
+    exponents = torch.frexp(states.double()).exponent - 1
+    steps = torch.finfo(dtype).eps * torch.exp2(exponents.double())
+    return (2 * steps.square() / 12).sum(dim=1).sqrt()
+
+
 @contextmanager
 def reading(model: nn.Module, sites: Sequence[str], keep: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `keep(site, states)` with the states (batch, tokens, d) of each site at every forward pass inside."""

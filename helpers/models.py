@@ -44,6 +44,14 @@ class Pair:
     dpo: nn.Module
     tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def unembedding_moved(self) -> float:
+        """||W_dpo - W_base|| / ||W_base|| of the unembeddings (Frobenius); adapters on the blocks leave it at 0."""
+        if self.base is self.dpo:
+            return 0.0
+        before, after = (unembedding(model).weight.detach().cpu() for model in (self.base, self.dpo))
+        return ((after - before).norm(dtype=torch.float32) / before.norm(dtype=torch.float32)).item()
+
     @contextmanager
     def role(self, role: str) -> Iterator[nn.Module]:
         """Yield the model playing `base` or `dpo`; afterwards an adapter is on again."""

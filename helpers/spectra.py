@@ -6,6 +6,7 @@ is near rank one by construction, so everything is given both ways and beside a 
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,10 +14,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of a matrix, largest first, in float64, and its right singular vectors, (k, d)."""
+    """Of a matrix in float64: its singular values, largest first, and its right singular vectors."""
 
-    values: Tensor
-    directions: Tensor
+    matrix: Tensor
+
+    @cached_property
+    def values(self) -> Tensor:
+        """sigma_1, sigma_2, ...: (min(N, d),)."""
+        return torch.linalg.svdvals(self.matrix)  # much faster than with the vectors, which few ask for
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """u_1, u_2, ...: (min(N, d), d)."""
+        return torch.linalg.svd(self.matrix, full_matrices=False).Vh
 
     @property
     def ratio(self) -> float:
@@ -54,8 +64,7 @@ def spectrum(H: Tensor, centred: bool = False) -> Spectrum:
         H = H - H.mean(0)
     if H.norm() <= rounding:
         raise ValueError("All rows are zero (or equal, when centred): there is no spectrum to speak of.")
-    _, values, directions = torch.linalg.svd(H, full_matrices=False)
-    return Spectrum(values, directions)
+    return Spectrum(H)
 
 
 def random_displacements(norms: Tensor, d: int, seed: int) -> Tensor:

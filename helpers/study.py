@@ -292,6 +292,11 @@ class Study:
         """What a reader of any number about the DPO partner has to know of it, as Markdown."""
         failed = self.chosen.failed
         text = f"**The DPO partner**{self._origin(self.chosen)}"
+        if not self.trains and (moved := self.pair.unembedding_moved):
+            text += (
+                f". Its unembedding differs from the base's by {moved:.1%} of its norm: base + v* at `final` is read "
+                "through the base's, so that part of DPO is in no v*"
+            )
         return text + (f". It **fails** {', '.join(failed)} on validation prompts." if failed else ". It is healthy.")
 
     @staticmethod

@@ -113,6 +113,18 @@ def test_states_come_as_float32_from_a_bfloat16_model(llama):
     assert read["final", "prompt_last"].shape == (len(SEQUENCES), WIDTH)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_that_of_a_difference_of_states_rounded_each(dtype):
+    """Of states with and without a displacement, whose coordinates are of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-2, 2, WIDTH, dtype=torch.float64)
+    states, moved = (scales * (2 + torch.rand(400, WIDTH, generator=generator, dtype=torch.float64)) for _ in range(2))
+    errors = (moved.to(dtype).double() - states.to(dtype).double() - (moved - states)).norm(dim=1)
+    expected = activations.rounding(states, dtype)
+    assert errors.square().mean().sqrt().item() == pytest.approx(expected.square().mean().sqrt().item(), rel=0.05)
+    assert not activations.rounding(torch.zeros(1, 4), dtype).isnan().any()
+
+
 def test_hooks_are_gone_after_an_exception(model):
     before = hook_count(model)
     with pytest.raises(RuntimeError, match="in the middle"), activations.reading(model, models.sites(model), print):

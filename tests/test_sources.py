@@ -550,7 +550,8 @@ def test_the_identity_of_a_hub_id_names_a_commit(monkeypatch):
     assert sources.identity(pinned) == pinned
     found = set()
     for commit in ("first", "second"):
-        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash=commit))
+        builder = SimpleNamespace(hash=commit)
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, found=builder, **__: found)
         found |= {sources.identity("owner/name"), sources.identity("owner/name@main:test")}
     assert found == {
         f"{name} {commit}" for name in ("owner/name", "owner/name@main:test") for commit in ("first", "second")

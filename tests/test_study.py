@@ -188,7 +188,7 @@ def test_splits_have_the_sizes_asked_for_and_share_no_prompt(trained):
     "ask", [lambda s: s.encoded("test"), lambda s: s.sweep("base", "final", torch.zeros(1, 32), split="test")]
 )
 def test_an_unknown_split_is_refused(trained, ask):
-    with pytest.raises(ValueError, match="There is no split 'test': choose from heldin, validation, heldout."):
+    with pytest.raises(ValueError, match="There is no split 'test': choose from heldin, validation, heldout"):
         ask(trained)
 
 
@@ -792,6 +792,17 @@ def test_of_a_ready_partner_it_is_said_that_its_training_is_not_known(ready):
     assert ready.partner.startswith("**The DPO partner** is a ready one; how it was trained is not known here, nor")
     with pytest.raises(ValueError, match="ready one, so none like it can be trained: leave DPO_MODEL= out"):
         ready.variant(labels="shuffled")
+
+
+def test_of_a_ready_partner_with_an_unembedding_of_its_own_it_is_said_by_how_much(trained, merged, tmp_path):
+    moved = AutoModelForCausalLM.from_pretrained(merged)
+    moved.lm_head.weight.data *= 1.25
+    moved.save_pretrained(tmp_path)
+    trained.tokenizer.save_pretrained(tmp_path)
+    said = {partner: Study(replace(PROFILE, model=str(trained.source.path), dpo_model=str(partner))).partner
+            for partner in (tmp_path, merged)}  # fmt: skip
+    assert "Its unembedding differs from the base's by 25.0% of its norm" in said[tmp_path]
+    assert "unembedding" not in said[merged]
 
 
 def test_a_ready_partner_without_its_base_is_refused(merged):
