@@ -9,6 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Threads that wait give their core away soon: spinning, they slow a busy machine down several times.
 export GOMP_SPINCOUNT := 1000
+# Memory that one operation of torch gives back, the next takes again, rather than both asking the system (glibc's malloc).
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 NAME := $(patsubst %.toml,%,$(notdir $(PROFILE)))
 BUILD := build/$(NAME)

@@ -18,7 +18,7 @@ from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrained
 
 from helpers import activations, encoding, models, steering
 
-MAX_ROWS = 768  # sequences decoded at once
+MAX_ROWS = 1536  # sequences decoded at once
 STRIDE = 6  # tokens decoded before the rows that have ended leave the batch
 SPANS = ("response", "prompt", "all")
 

@@ -3,6 +3,7 @@
 A task yields its examples, split so that no prompt is in two splits, and judges any answer to them.
 """
 
+import functools
 import itertools
 import random
 from collections import Counter
@@ -144,12 +145,22 @@ class AtlasTask(_Task):
     def judge(self, example: Example, answer: str) -> dict[str, float]:
         """1 or 0 each: the preferred behaviour, the opposed one absent, the answer well-formed and, where the behaviour
         is not about it, the fact right."""
-        verdict = self.world.judge(example.question, answer)
-        preferred, opposed = atlas.behaviour(self.world, example.family, example.question, answer)
-        judged = {"preferred": preferred, "not_opposed": not opposed, "well_formed": verdict.well_formed}
-        if verdict.fact is not None and example.family != "belief":
-            judged["fact"] = verdict.fact
-        return {name: float(value) for name, value in judged.items()}
+        return dict(self._judgement(example.family, example.question, answer))
+
+    @functools.cached_property
+    def _judgement(self) -> Callable[[str, atlas.Question, str], dict[str, float]]:
+        """Kept for each answer: under most doses a prompt is answered by what it was under another."""
+
+        @functools.cache
+        def of(family: str, question: atlas.Question, answer: str) -> dict[str, float]:
+            verdict = self.world.judge(question, answer)
+            preferred, opposed = atlas.behaviour(self.world, family, question, answer)
+            judged = {"preferred": preferred, "not_opposed": not opposed, "well_formed": verdict.well_formed}
+            if verdict.fact is not None and family != "belief":
+                judged["fact"] = verdict.fact
+            return {name: float(value) for name, value in judged.items()}
+
+        return of
 
 
 HEROES = tuple(

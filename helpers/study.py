@@ -79,7 +79,8 @@ SHOWN_IN = {
     "sweep": "04_add_subtract",
     "losses": "04_add_subtract",
     "truthfulness": "04_add_subtract",
-    "likelihoods": "04_add_subtract",
+    "log_ratios": "04_add_subtract",
+    "divergences": "04_add_subtract",
     "token_vectors": "06_controls",
     "variant": "06_controls",
     "prompted": "06_controls",
@@ -147,6 +148,8 @@ def prepare(studies: Sequence["Study"], name: str, stages: "Stages | None" = Non
     missing = [study for study in studies if not study.has(stages)]
     if not missing:
         return
+    # the longest first, so that no process is left with one at the end: those to be trained, on the longest pairs
+    missing.sort(key=lambda study: (study.has(lambda of: of.chosen.adapter), -study.characters))
     if parallel.is_small(missing[0].base):
         parallel.each(partial(_compute, stages), [study.profile for study in missing], name)
     else:  # one model in memory: a study of its own each, gone with its model when it is done
@@ -234,6 +237,11 @@ class Study:
         """The preference pairs of each split; no prompt is in two splits."""
         rows = self._examples.read_json("examples.json")
         return {split: [preferences.example_from(row) for row in rows[split]] for split in preferences.SPLITS}
+
+    @property
+    def characters(self) -> int:
+        """How long the held-in pairs are in all, which decides how long a partner trains on them."""
+        return sum(len(e.prompt) + max(len(e.chosen), len(e.rejected)) for e in self.examples["heldin"])
 
     @property
     def account(self) -> dict[str, int]:
@@ -759,9 +767,9 @@ class Study:
         return self.sweep("base", site, deltas).join(arms, on="arm")
 
     def divergence_by_rank(self) -> pd.DataFrame:
-        """`likelihoods` of the base under rank-k steering at `final`, with the `kind` of coefficients and `k`."""
+        """`divergences` of the base under rank-k steering at `final`, with the `kind` of coefficients and `k`."""
         deltas, arms = self._ranked(FINAL, "prompt_last")
-        return self.likelihoods("base", deltas).join(arms, on="arm")
+        return self.divergences("base", deltas).join(arms, on="arm")
 
     def _ranked(self, site: str, position: str) -> tuple[Tensor, pd.DataFrame]:
         """What the arms of rank-k steering add at a site, (arms, N, d), and the `kind` and `k` of each."""
@@ -798,35 +806,56 @@ class Study:
         ends, most = encoding.ends(self.tokenizer), self.profile.sizes.new_tokens
         return [Tokens(prompt, encoding.ended(ids, ends, most)) for prompt, ids in zip(prompts, answers, strict=True)]
 
-    def likelihoods(self, role: str, deltas: Tensor) -> pd.DataFrame:
-        """What each of `deltas`, (arms, d), added at `final` does to log-probabilities on the held-out pairs.
+    def log_ratios(self, role: str, deltas: Tensor) -> pd.DataFrame:
+        """What each of `deltas`, (arms, d), added at `final` makes of the held-out pairs.
 
-        A row an arm and a prompt: `margin`, log pi(chosen) - log pi(rejected) in nats, `prefers`, whether it is above
-        zero, and `kl`, KL(goal || steered) in nats summed over the goal's own answer and its end. The goal of the base
-        is the DPO model, and that of the DPO model is the base.
+        A row an arm and a prompt: `margin`, log pi(chosen) - log pi(rejected) in nats, and `prefers`, whether it is
+        above zero.
         """
 
-        def write(folder: Path) -> None:
-            goal = "dpo" if role == "base" else "base"
-            chosen, rejected = self.encoded("heldout")
-            answered = self._ended([tokens.prompt for tokens in chosen], self.answers(goal, "heldout")["ids"])
+        def compute() -> dict[str, np.ndarray]:
             with self.playing(role) as model:
-                likelier, other = (metrics.response_logps(model, given, deltas) for given in (chosen, rejected))
-            kl = np.concatenate([self._kl(goal, role, some, deltas) for some in self._in_memory(answered)], axis=1)
-            arms, prompts = np.indices(kl.shape).reshape(2, -1)
-            rows = {
-                "arm": arms,
-                "prompt": prompts,
-                "margin": (likelier - other).ravel(),
-                "prefers": (likelier > other).astype(float).ravel(),
-                "kl": kl.ravel(),
-            }
-            (folder / "likelihoods.json").write_text(json.dumps({name: of.tolist() for name, of in rows.items()}))
+                chosen, rejected = (metrics.response_logps(model, given, deltas) for given in self.encoded("heldout"))
+            return {"margin": chosen - rejected, "prefers": (chosen > rejected).astype(float)}
 
-        params = {"role": role, "deltas": _checksum(deltas)}
-        code = [generation, metrics, Study.likelihoods, Study._kl, Study._ended, Study._sampled]
-        made = artifacts.fetch("likelihoods", params, write, [self._examples, self.chosen.adapter], code)
-        return pd.DataFrame(made.read_json("likelihoods.json"))
+        upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
+        code = [activations, steering, metrics.response_logits, metrics.response_logps, Study.log_ratios]
+        return self._by_arm("log_ratios", role, deltas, compute, upstream, code)
+
+    def divergences(self, role: str, deltas: Tensor) -> pd.DataFrame:
+        """How far each of `deltas`, (arms, d) or (arms, N, d), added at `final` leaves a model from its goal, which for
+        the base is the DPO model and for the DPO model the base.
+
+        A row an arm and a held-out prompt: `kl`, KL(goal || steered) in nats, summed over the goal's own answer and its
+        end.
+        """
+
+        def compute() -> dict[str, np.ndarray]:
+            goal = "dpo" if role == "base" else "base"
+            prompts = [tokens.prompt for tokens in self.encoded("heldout")[0]]
+            answered = self._ended(prompts, self.answers(goal, "heldout")["ids"])
+            parts = [self._kl(goal, role, some, deltas) for some in self._in_memory(answered)]
+            return {"kl": np.concatenate(parts, axis=1)}
+
+        code = [activations, steering, generation, encoding, metrics]
+        code += [Study.divergences, Study._kl, Study._ended, Study._sampled]
+        upstream = [self._examples, self.chosen.adapter]
+        return self._by_arm("divergences", role, deltas, compute, upstream, code)
+
+    @staticmethod
+    def _by_arm(
+        stage: str, role: str, deltas: Tensor, compute: Callable[[], dict], upstream: list, code: list
+    ) -> pd.DataFrame:
+        """Values (arms, prompts) as a table with a row for each, kept."""
+
+        def write(folder: Path) -> None:
+            values = compute()
+            arms, prompts = np.indices(next(iter(values.values())).shape)
+            rows = {"arm": arms, "prompt": prompts, **values}
+            (folder / "rows.json").write_text(json.dumps({name: of.ravel().tolist() for name, of in rows.items()}))
+
+        made = artifacts.fetch(stage, {"role": role, "deltas": _checksum(deltas)}, write, upstream, code)
+        return pd.DataFrame(made.read_json("rows.json"))
 
     def _kl(self, goal: str, role: str, answered: Sequence[Tokens], deltas: Tensor) -> np.ndarray:
         with self.playing(goal) as model:

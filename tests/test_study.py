@@ -116,7 +116,8 @@ STAGES = {
     "answers of the base": lambda s: s.answers("base", "heldout").to_dict(),
     "answers of the DPO model": lambda s: s.answers("dpo", "validation").to_dict(),
     "sweep": lambda s: s.sweep("base", "final", torch.eye(2, 32)).to_dict(),
-    "likelihoods": lambda s: s.likelihoods("dpo", torch.eye(2, 32)).to_dict(),
+    "log ratios": lambda s: s.log_ratios("dpo", torch.eye(2, 32)).to_dict(),
+    "divergences": lambda s: s.divergences("dpo", torch.eye(2, 32)).to_dict(),
     "weights": lambda s: {name: value.tolist() for name, value in s.pair.dpo.state_dict().items()},
     "templates": lambda s: s.templates("heldout").tolist(),
     "steered": lambda s: s.steered("dpo").to_dict(),
@@ -260,7 +261,7 @@ def test_what_is_the_base_s_is_shared_by_all_partners_and_nothing_of_a_partner_s
     assert other._states("base", "heldin").keys() == trained._states("base", "heldin").keys()
     for name in ("answers of the base", "prompted", "beliefs"):
         assert STAGES[name](other) == first[name]
-    for name in ("answers of the DPO model", "likelihoods", "optimised vector", "health"):
+    for name in ("answers of the DPO model", "log ratios", "divergences", "optimised vector", "health"):
         with pytest.raises(AssertionError, match="computed again"):
             STAGES[name](other)
 
@@ -557,7 +558,7 @@ def test_rank_k_deltas_are_by_hand_projections_on_the_singular_directions(traine
 
 def test_the_divergence_by_rank_is_that_of_the_same_deltas(trained):
     table, v = trained.divergence_by_rank(), trained.direction()
-    at_v = trained.likelihoods("base", v[None])["kl"].to_numpy()
+    at_v = trained.divergences("base", v[None])["kl"].to_numpy()
     full = table[(table["kind"] == "mean") & (table["k"] == 32)].sort_values("prompt")["kl"].to_numpy()
     assert full == pytest.approx(at_v, rel=1e-3, abs=1e-5)
     own = table[(table["kind"] == "own") & (table["k"] == 32)]["kl"].to_numpy()
@@ -628,9 +629,9 @@ def test_the_optimised_vector_is_trained_on_the_held_in_pairs_of_the_base(traine
 
 
 @pytest.mark.parametrize("role, goal", [("base", "dpo"), ("dpo", "base")])
-def test_likelihoods_are_kl_and_preference_by_hand(trained, plain, deltas, role, goal):
+def test_divergences_and_log_ratios_are_kl_and_preference_by_hand(trained, plain, deltas, role, goal):
     """KL(goal || steered) on the goal's own answers, and how much likelier the chosen answer is, at doses 0 and 2."""
-    table = trained.likelihoods(role, deltas)
+    table = trained.divergences(role, deltas).merge(trained.log_ratios(role, deltas), on=["arm", "prompt"])
     assert [*zip(table["arm"], table["prompt"])] == [(arm, i) for arm in (0, 1) for i in range(8)]
     answers = trained.answers(goal, "heldout")["ids"]
     end, longest = trained.tokenizer.eos_token_id, PROFILE.sizes.new_tokens
@@ -811,7 +812,7 @@ def test_a_ready_partner_without_its_base_is_refused(merged):
 
 
 def test_kl_is_the_same_however_many_answers_are_kept_in_memory(trained, deltas, monkeypatch, cache):
-    together = trained.likelihoods("base", deltas)
+    together = trained.divergences("base", deltas)
     monkeypatch.setattr(metrics, "MAX_LOGITS", 1)
     calls, kl = [], Study._kl
     monkeypatch.setattr(Study, "_kl", lambda self, *given: calls.append(len(given[2])) or kl(self, *given))
@@ -819,7 +820,7 @@ def test_kl_is_the_same_however_many_answers_are_kept_in_memory(trained, deltas,
     shutil.copytree(trained.source.path, cache / "apart" / trained.source.path.name)
     for needed in (trained._examples, trained.chosen.adapter):
         shutil.copytree(needed.path, cache / "apart" / needed.path.name)
-    apart = trained.likelihoods("base", deltas)
+    apart = trained.divergences("base", deltas)
     assert calls == [1] * 8 and apart["kl"].tolist() == pytest.approx(together["kl"].tolist(), abs=1e-5)
 
 
