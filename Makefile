@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 # Threads that wait give their core away soon: spinning, they slow a busy machine down several times.
 export GOMP_SPINCOUNT := 1000
 # Memory that one operation of torch gives back, the next takes again, rather than both asking the system (glibc's malloc).
-export MALLOC_MMAP_THRESHOLD_ := 1073741824
+# Before its version 2.35 glibc takes no threshold above 32 MiB.
+export MALLOC_MMAP_THRESHOLD_ := $(if $(shell getconf GNU_LIBC_VERSION 2>/dev/null | awk '$$2 >= 2.35'),1073741824,33554432)
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 NAME := $(patsubst %.toml,%,$(notdir $(PROFILE)))

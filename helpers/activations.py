@@ -5,7 +5,7 @@ position, and these go to files batch by batch, so that memory grows neither wit
 width. The unembedding is skipped.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -69,12 +69,25 @@ def hidden_states(
     return {(site, p): _finite((site, p), read[site, p]) for site in sites for p in positions}
 
 
-def stored(folder: Path) -> dict[tuple[str, str], Tensor]:
-    """The states that `hidden_states` wrote into a folder, by site and position; only what is used is read from it."""
-    return {
-        tuple(path.stem.split()): torch.from_numpy(np.load(path, mmap_mode="c"))
-        for path in sorted(folder.glob("*.npy"))
-    }
+def stored(folder: Path) -> dict[tuple[str, str], Path]:
+    """The files that `hidden_states` wrote into a folder, by site and position."""
+    return {tuple(path.stem.split()): path for path in sorted(folder.glob("*.npy"))}
+
+
+class Stored(Mapping):
+    """States, (N, d), in files (`stored`). One is opened when it is asked for, and only what is used of it is read."""
+
+    def __init__(self, paths: dict[tuple[str, ...], Path]):
+        self.paths = paths
+
+    def __getitem__(self, key: tuple[str, ...]) -> Tensor:
+        return torch.from_numpy(np.load(self.paths[key], mmap_mode="c"))
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
 
 def _room(key: tuple[str, str], shape: tuple[int, int], folder: Path | None) -> Tensor:

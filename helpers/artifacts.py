@@ -63,7 +63,7 @@ def fetch(
 
     `make(folder)` writes the content; `params` must be JSON; `code` are the modules and functions whose source decides
     the content. If `make` raises, nothing is stored and nothing already stored is touched. What it leaves UNFINISHED is
-    taken as it is by this process, and made again by the next.
+    taken as it is by this process and made again by the next, which keeps it, with a warning, where that fails.
     """
     key = key_of(stage, params, [artifact.key for artifact in upstream], [fingerprint(c) for c in code])
     path = root() / f"{stage}-{key[:16]}"
@@ -89,7 +89,13 @@ def _verified_or_made(path: Path, key: str, stage: str, params: dict, make: Call
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not _making.get():
         raise NotCached(f"The artefact {path.name} is not in the cache.")
-    _write(path, key, stage, params, make)
+    try:
+        _write(path, key, stage, params, make)
+    except Exception as error:
+        if not path.exists():
+            raise
+        warnings.warn(f"The artefact {path.name} stays unfinished: {error}", stacklevel=3)
+        _tried_here.add(path)
     return Artifact(path, key)
 
 

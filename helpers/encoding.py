@@ -51,7 +51,10 @@ def ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     its own (in some base models another than the tokenizer's), and the end of the sequence."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
-        after = _common_end(*(encode(tokenizer, "Hi", answer).response for answer in ("Yes", "No")))
+        try:
+            after = _common_end(*(encode(tokenizer, "Hi", answer).response for answer in ("Yes", "No")))
+        except ValueError:  # a template that takes no answers of ours leaves a model's own, which need none
+            after = []
         found = [*(token for token in after[:1] if token in tokenizer.added_tokens_decoder), *found]
     return list(dict.fromkeys(found))
 

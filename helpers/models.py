@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -47,10 +47,18 @@ class Pair:
     @property
     def unembedding_moved(self) -> float:
         """||W_dpo - W_base|| / ||W_base|| of the unembeddings (Frobenius); adapters on the blocks leave it at 0."""
-        if self.base is self.dpo:
-            return 0.0
-        before, after = (unembedding(model).weight.detach().cpu() for model in (self.base, self.dpo))
+        before, after = map(self._effective_unembedding, ROLES)
         return ((after - before).norm(dtype=torch.float32) / before.norm(dtype=torch.float32)).item()
+
+    @torch.no_grad()
+    def _effective_unembedding(self, role: str) -> Tensor:
+        """W_U as a role applies it: an adapter may be on it too."""
+        with self.role(role) as model:
+            head = unembedding(model)
+            if isinstance(head, nn.Linear):
+                return head.weight.cpu()
+            width = causal_lm(model).config.get_text_config().hidden_size
+            return head(torch.eye(width, dtype=head.weight.dtype, device=head.weight.device)).T.cpu()
 
     @contextmanager
     def role(self, role: str) -> Iterator[nn.Module]:

@@ -255,13 +255,16 @@ def _by(name: str) -> Callable[[Sequence[Example], Sequence[str]], np.ndarray]:
 def _closer(examples: Sequence[Example], answers: Sequence[str]) -> np.ndarray:
     """ROUGE-L to the chosen answer less that to the rejected one: no opinion, and all that pairs alone allow.
 
-    Both are cut to as many words as the answer has. A sampled answer is cut too, and would be closer to the shorter.
+    All three are cut to as many words as the shortest has, since of texts of other lengths the likeness says which is
+    nearer in length.
     """
 
-    def likeness(answer: str, reference: str) -> float:
-        return metrics.rouge_l(answer, " ".join(reference.split()[: len(answer.split())]))
+    def closer(example: Example, answer: str) -> float:
+        texts = [text.split() for text in (answer, example.chosen, example.rejected)]
+        said, chosen, rejected = (" ".join(words[: min(map(len, texts))]) for words in texts)
+        return metrics.rouge_l(said, chosen) - metrics.rouge_l(said, rejected)
 
-    return np.array([likeness(a, e.chosen) - likeness(a, e.rejected) for e, a in zip(examples, answers)])
+    return np.array(list(map(closer, examples, answers)))
 
 
 SCORES = {

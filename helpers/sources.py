@@ -16,7 +16,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ ACCEPTED = (
 DEFAULT_SPLITS = ("train_prefs", "train")  # the pairs among UltraFeedback's splits, and what most call theirs
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")  # HH-RLHF's; without the blank line it is part of what was said
 _ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
+_SENTENCES = re.compile(r".*[.?!:\n]", re.DOTALL)
 _COMMIT = re.compile("[0-9a-f]{40}")
 _BROKEN = re.compile("[\ud800-\udfff]")  # JSON can escape one half of a character of two
 _OASST = {"message_id", "parent_id", "role", "text", "rank"}
@@ -52,17 +53,21 @@ class Row:
     prompt: Prompt
     chosen: str
     rejected: str
+    is_shared: bool = field(default=False, repr=False, compare=False)  # the prompt is what two texts begin with
 
     @property
     def opening(self) -> str:
         """The first user turn, or the whole of a plain prompt, each run of white space as one space.
 
-        It ties rows together when they are split: many dialogues come with longer versions of themselves.
+        It ties rows together when they are split: many dialogues come with longer versions of themselves, and of one
+        question two pairs of texts share different beginnings of an answer, so there a last sentence without an end is
+        left out.
         """
         text = self.prompt
         if not isinstance(text, str):
             text = next(content for role, content in text if role == "user")
-        return " ".join(text.split())
+        whole = _SENTENCES.match(text) if self.is_shared else None
+        return " ".join((whole[0] if whole else text).split())
 
 
 @dataclass(frozen=True)
@@ -248,7 +253,13 @@ def _builder(source: str) -> datasets.DatasetBuilder:
     """What reads a data set of the hub at the commit that its revision names today: a branch moves."""
     named = HUB_ID.fullmatch(source)
     with _asking_the_hub(source):
-        return datasets.load_dataset_builder(named["name"], data_dir=named["folder"], revision=named["revision"])
+        builder = datasets.load_dataset_builder(named["name"], data_dir=named["folder"], revision=named["revision"])
+    asked, found = named["revision"] or "", builder.hash or ""
+    if _COMMIT.fullmatch(asked) and _COMMIT.fullmatch(found) and asked != found:
+        raise ValueError(  # without a network the library takes the latest copy that it has, whatever was asked for
+            f"The data {source} are in the cache at commit {found} alone: connect to the hub, or ask for that commit."
+        )
+    return builder
 
 
 def _from_hub(source: str) -> tuple[list[dict], list[str]]:
@@ -315,7 +326,7 @@ def _of_shared_text(record: dict) -> Row:
     shorter = min(len(chosen), len(rejected))
     end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     end -= chosen[:end].endswith(" ")
-    return _pair(chosen[:end], chosen[end:], rejected[end:])
+    return replace(_pair(chosen[:end], chosen[end:], rejected[end:]), is_shared=True)
 
 
 def _of_dialogues(record: dict) -> Row:

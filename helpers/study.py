@@ -7,7 +7,7 @@ One model is in memory: the base, or the pair that contains it (the adapter off 
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -148,8 +148,7 @@ def prepare(studies: Sequence["Study"], name: str, stages: "Stages | None" = Non
     missing = [study for study in studies if not study.has(stages)]
     if not missing:
         return
-    # the longest first, so that no process is left with one at the end: those to be trained, on the longest pairs
-    missing.sort(key=lambda study: (study.has(lambda of: of.chosen.adapter), -study.characters))
+    missing.sort(key=lambda study: study.has(lambda of: of.chosen.adapter))  # what takes long is not left to the end
     if parallel.is_small(missing[0].base):
         parallel.each(partial(_compute, stages), [study.profile for study in missing], name)
     else:  # one model in memory: a study of its own each, gone with its model when it is done
@@ -237,11 +236,6 @@ class Study:
         """The preference pairs of each split; no prompt is in two splits."""
         rows = self._examples.read_json("examples.json")
         return {split: [preferences.example_from(row) for row in rows[split]] for split in preferences.SPLITS}
-
-    @property
-    def characters(self) -> int:
-        """How long the held-in pairs are in all, which decides how long a partner trains on them."""
-        return sum(len(e.prompt) + max(len(e.chosen), len(e.rejected)) for e in self.examples["heldin"])
 
     @property
     def account(self) -> dict[str, int]:
@@ -377,17 +371,20 @@ class Study:
         return True
 
     @cached_property
-    def pairs(self) -> list[PreferencePair]:
-        """The held-in pairs that partners are trained on. What the base makes of them is computed once for them all."""
-
+    def _base_logps(self) -> Artifact:
         def write(folder: Path) -> None:
             with self.playing("base") as model:
                 pairs = training.pairs_of(model, *self.encoded("heldin"))
             (folder / "base_logps.json").write_text(json.dumps([pair.base_logps for pair in pairs]))
 
-        code = [activations, metrics.response_logits, metrics.response_logps]
-        made = artifacts.fetch("pairs", {}, write, [self.source, self._examples], code)
-        return list(map(PreferencePair, *self.encoded("heldin"), map(tuple, made.read_json("base_logps.json"))))
+        code = [activations, metrics, training.pairs_of]
+        return artifacts.fetch("base_logps", {}, write, [self.source, self._examples], code)
+
+    @property
+    def pairs(self) -> list[PreferencePair]:
+        """The held-in pairs that partners are trained on. What the base makes of them is computed once for them all."""
+        logps = map(tuple, self._base_logps.read_json("base_logps.json"))
+        return list(map(PreferencePair, *self.encoded("heldin"), logps))
 
     @property
     def ready(self) -> Artifact:
@@ -398,8 +395,8 @@ class Study:
     def adapter(self, recipe: Recipe) -> Artifact:
         """The partner trained by a recipe."""
         params = {"recipe": asdict(recipe), "seed": self.profile.seed}
-        code = [training, activations, metrics.response_logits, metrics.response_logps]
-        return artifacts.fetch("partner", params, partial(self.train, recipe), [self.source, self._examples], code)
+        upstream = [self.source, self._examples, self._base_logps]
+        return artifacts.fetch("partner", params, partial(self.train, recipe), upstream, [training])
 
     def train(self, recipe: Recipe, folder: Path) -> None:
         """Train a partner by a recipe into a folder, computing as many pairs at once as fit into memory; `adapter` does
@@ -424,8 +421,8 @@ class Study:
             _write_judged(answers, folder)
 
         upstream = [self.source, self._examples]
-        code = [atlas, preferences, generation, metrics]
-        code += [Study._health, Study._reward_margins, Study._judged, Study._sampled, fluency]
+        code = [atlas, preferences, generation, activations, encoding, metrics]
+        code += [Study._health, Study._reward_margins, Study._judged, Study._ended, Study._sampled, fluency]
         return Trial(
             recipe,
             adapter,
@@ -474,12 +471,15 @@ class Study:
 
     # --- States and directions ---
 
-    def states(self, split: str) -> dict[tuple[str, str, str], Tensor]:
+    def states(self, split: str) -> Mapping[tuple[str, str, str], Tensor]:
         """{(role, site, position): (N, d) float32} for the prompts of a split; both roles read the chosen answers."""
 
-        return {(role, *key): value for role in models.ROLES for key, value in self._states(role, split).items()}
+        paths = {(role, *key): path for role in models.ROLES for key, path in self._states(role, split).items()}
+        return activations.Stored(paths)
 
-    def _states(self, role: str, split: str) -> dict[tuple[str, str], Tensor]:
+    def _states(self, role: str, split: str) -> dict[tuple[str, str], Path]:
+        """The file of each site and position."""
+
         def write(folder: Path) -> None:
             with self.playing(role) as model:
                 sequences, sites = self.encoded(split)[0], models.sites(model)
@@ -518,7 +518,8 @@ class Study:
 
     def token_vectors(self) -> Tensor:
         """v(i) = e_w - e_l for each held-in pair, w and l the tokens at which its answers first differ: (N, d)."""
-        W = models.unembedding(self.pair.base).weight.detach().float().cpu()
+        with self.playing("base") as model:
+            W = models.unembedding(model).weight.detach().float().cpu()
         rows = []
         for chosen, rejected in zip(*self.encoded("heldin")):
             t = gradients.first_difference(chosen.response, rejected.response)
@@ -549,8 +550,8 @@ class Study:
             "optimised",
             params,
             write,
-            [self._examples, self.chosen.adapter],
-            [bipo, activations, steering, gradients, training.relabelled],
+            [self._base_logps, self.chosen.adapter],
+            [bipo, activations, steering, gradients, training],
         )
         return load_file(made.path / "vector.safetensors")["vector"]
 
@@ -658,10 +659,10 @@ class Study:
             params,
             lambda folder: (folder / "ids.json").write_text(json.dumps(decode())),
             upstream,
-            [generation, steering, encoding, Study._sampled],
+            [generation, activations, steering, encoding, Study._sampled, Study.sweep, Study.prompted],
         )
         answers = sampled.read_json("ids.json")
-        code = [atlas, preferences, encoding, metrics.token_losses, Study._judged, Study._ended]
+        code = [atlas, preferences, encoding, activations, metrics, Study._judged, Study._ended]
         made = artifacts.fetch("answers", {"split": params["split"]}, write, [self._examples, sampled], code)
         return pd.DataFrame(made.read_json("answers.json"))
 
@@ -767,9 +768,12 @@ class Study:
         return self.sweep("base", site, deltas).join(arms, on="arm")
 
     def divergence_by_rank(self) -> pd.DataFrame:
-        """`divergences` of the base under rank-k steering at `final`, with the `kind` of coefficients and `k`."""
+        """`divergences` of the base under rank-k steering at `final`, with the `kind` of coefficients and `k`, and as it
+        is, with kind "none" and k 0."""
         deltas, arms = self._ranked(FINAL, "prompt_last")
-        return self.divergences("base", deltas).join(arms, on="arm")
+        found = self.divergences("base", torch.cat([torch.zeros_like(deltas[:1]), deltas]))
+        arms = pd.concat([pd.DataFrame({"kind": ["none"], "k": [0]}), arms], ignore_index=True)
+        return found.join(arms, on="arm")
 
     def _ranked(self, site: str, position: str) -> tuple[Tensor, pd.DataFrame]:
         """What the arms of rank-k steering add at a site, (arms, N, d), and the `kind` and `k` of each."""
@@ -787,8 +791,8 @@ class Study:
         )
 
     def _judged(self, split: str, ids: list[list[list[int]]], as_base: AbstractContextManager) -> pd.DataFrame:
-        """A row an arm and a prompt; `token_loss`, the base's mean loss a token of an answer and its end, stands in for
-        rules on real text."""
+        """A row an arm and a prompt; `token_loss`, the base's mean loss a token of an answer and its end (of those that
+        there are, the likeliest), stands in for rules on real text."""
         rows = []
         for arm, answers in enumerate(ids):
             texts = generation.texts(self.tokenizer, answers)
@@ -798,13 +802,17 @@ class Study:
         if "well_formed" not in table:
             prompts = [self.encoded(split)[0][i].prompt for i in table["prompt"]]
             with as_base as model:
-                table["token_loss"] = metrics.token_losses(model, self._ended(prompts, table["ids"]))
+                losses = [metrics.token_losses(model, ended) for ended in self._ended(prompts, table["ids"])]
+            table["token_loss"] = np.fmin.reduce(losses)
         return table
 
-    def _ended(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Tokens]:
-        """Sampled answers to prompts, each with its end unless it was cut before it came to one."""
-        ends, most = encoding.ends(self.tokenizer), self.profile.sizes.new_tokens
-        return [Tokens(prompt, encoding.ended(ids, ends, most)) for prompt, ids in zip(prompts, answers, strict=True)]
+    def _ended(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Iterator[list[Tokens]]:
+        """Sampled answers to prompts, each with its end unless it was cut before it came to one: for each of the tokens
+        that end an answer in turn, since a sample does not keep its own."""
+        most = self.profile.sizes.new_tokens
+        for end in encoding.ends(self.tokenizer) or [None]:
+            ends = [] if end is None else [end]
+            yield [Tokens(p, encoding.ended(ids, ends, most)) for p, ids in zip(prompts, answers, strict=True)]
 
     def log_ratios(self, role: str, deltas: Tensor) -> pd.DataFrame:
         """What each of `deltas`, (arms, d), added at `final` makes of the held-out pairs.
@@ -819,7 +827,7 @@ class Study:
             return {"margin": chosen - rejected, "prefers": (chosen > rejected).astype(float)}
 
         upstream = [self._examples, self.source if role == "base" else self.chosen.adapter]
-        code = [activations, steering, metrics.response_logits, metrics.response_logps, Study.log_ratios]
+        code = [activations, steering, metrics, Study.log_ratios, Study._by_arm]
         return self._by_arm("log_ratios", role, deltas, compute, upstream, code)
 
     def divergences(self, role: str, deltas: Tensor) -> pd.DataFrame:
@@ -833,12 +841,12 @@ class Study:
         def compute() -> dict[str, np.ndarray]:
             goal = "dpo" if role == "base" else "base"
             prompts = [tokens.prompt for tokens in self.encoded("heldout")[0]]
-            answered = self._ended(prompts, self.answers(goal, "heldout")["ids"])
+            answered = next(self._ended(prompts, self.answers(goal, "heldout")["ids"]))  # which end, no KL depends on
             parts = [self._kl(goal, role, some, deltas) for some in self._in_memory(answered)]
             return {"kl": np.concatenate(parts, axis=1)}
 
         code = [activations, steering, generation, encoding, metrics]
-        code += [Study.divergences, Study._kl, Study._ended, Study._sampled]
+        code += [Study.divergences, Study._by_arm, Study._kl, Study._ended, Study._sampled]
         upstream = [self._examples, self.chosen.adapter]
         return self._by_arm("divergences", role, deltas, compute, upstream, code)
 

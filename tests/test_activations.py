@@ -69,12 +69,12 @@ def test_states_that_go_to_files_are_those_that_stay_in_memory(model, tmp_path, 
     monkeypatch.setattr(activations, "MAX_BATCH_TOKENS", 20)
     of = (model, SEQUENCES, models.sites(model), activations.POSITIONS)
     in_memory, read = activations.hidden_states(*of), activations.hidden_states(*of, folder=tmp_path)
-    found = activations.stored(tmp_path)
+    found = activations.Stored(activations.stored(tmp_path))
     assert found.keys() == in_memory.keys() and len(list(tmp_path.iterdir())) == len(found)
     for key, states in in_memory.items():
         assert torch.equal(found[key], states) and torch.equal(read[key], states)
     found["final", "prompt_last"][:] = 0  # what is read is nobody else's
-    assert activations.stored(tmp_path)["final", "prompt_last"].any()
+    assert found["final", "prompt_last"].any()
 
 
 def test_rows_keep_their_order_over_many_small_batches(llama, monkeypatch):

@@ -341,6 +341,8 @@ def test_what_is_unfinished_stays_where_making_it_again_fails(root, monkeypatch)
     def fail(folder):
         raise OSError("no network")
 
+    with pytest.warns(UserWarning, match="stays unfinished: no network"):
+        assert fetch("stage", {}, fail).read_json("a.json")["call"] == 1
     with pytest.raises(OSError, match="no network"):
-        fetch("stage", {}, fail)
+        fetch("other stage", {}, fail)
     assert stored(root) == kept

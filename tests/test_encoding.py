@@ -40,6 +40,15 @@ def test_text_ends_no_turn(speaking, end):
     assert encoding.ends(made) == [made.eos_token_id]
 
 
+def test_a_template_that_takes_no_answers_leaves_the_end_of_the_sequence(speaking):
+    """As one that opens the model's thoughts in its prompt, and leaves them out of what was answered before."""
+    made = speaking("<|end|>")
+    made.chat_template += "{% if add_generation_prompt %}thoughts{% endif %}"
+    with pytest.raises(ValueError, match="renders a prompt alone and with its answer differently"):
+        encoding.encode(made, "Hi", "Yes")
+    assert encoding.ends(made) == [made.eos_token_id]
+
+
 def test_an_answer_gets_its_end_unless_it_was_cut_before():
     assert encoding.ended([5, 6], [2, 3], most=3) == [5, 6, 2]
     assert encoding.ended([5, 6, 7], [2, 3], most=3) == [5, 6, 7]

@@ -453,3 +453,12 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(folder, value):
     with pytest.raises(ValueError) as caught:
         models.load(folder)
     one_sentence(caught, folder.name, "weights that are not finite in float32", "mend the checkpoint")
+
+
+@pytest.mark.parametrize("modules, moves", [(["q_proj"], False), (["q_proj", "lm_head"], True)])
+def test_by_how_much_an_adapter_moves_the_unembedding(llama, modules, moves):
+    adapted = with_adapter(llama, target_modules=modules)
+    found = models.Pair(adapted, adapted, None).unembedding_moved
+    W = llama.lm_head.weight
+    expected = ((adapted.merge_and_unload().lm_head.weight - W).norm() / W.norm()).item()
+    assert found == pytest.approx(expected, rel=1e-4) and (found > 0) == moves

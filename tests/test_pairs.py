@@ -2,11 +2,13 @@
 
 import copy
 import json
+import random
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from conftest import tiny
+from scipy import stats
 from tokenizers import normalizers
 
 from helpers import encoding, judges, preferences, profiles
@@ -194,6 +196,7 @@ def test_there_is_a_score_for_every_name_that_a_profile_may_give():
         ("closer", "no it is bad", (0, 0)),
         ("closer", "something else", (0, 1)),
         ("closer", "it is", (1, 1)),  # of the rejected answer's first two words it has one
+        ("closer", "good", (0, 1)),  # as many words of each: neither begins so
         ("sentiment", "I love this happy day.", (1, 1)),
         ("sentiment", "I hate this sad day.", (0, 0)),
         ("sentiment", "It is a box.", (0, 1)),
@@ -209,11 +212,15 @@ def test_a_score_judges_answers(task, rows, score, answer, judged):
     assert (found["preferred"], found["not_opposed"]) == judged
 
 
-def test_an_answer_is_not_closer_to_a_pair_s_shorter_answer_for_its_length(task, rows):
-    """An answer that was cut after four words, of which each of the two begins with the same number."""
-    example = Example("Tell me.", "one two x y and much more that no answer of four words can hold", "one two v w")
-    ((found),) = task(rows, score="closer").judged([example], ["one two three four"])
-    assert (found["preferred"], found["not_opposed"]) == (0, 1)
+@pytest.mark.parametrize("lengths", [(10, 60, 40), (60, 10, 40), (60, 200, 40), (20, 60, 40), (40, 40, 5)])
+def test_an_answer_is_not_closer_to_one_of_a_pair_for_its_length(task, rows, lengths):
+    """Of words at random, chosen, rejected and answer: as often closer to the one as to the other."""
+    rng, judge = random.Random(0), task(rows, score="closer")
+    texts = [[" ".join(rng.choices("abcdefgh", k=n)) for n in lengths] for _ in range(400)]
+    found = judge.judged([Example("Tell me.", *pair) for *pair, _ in texts], [answer for *_, answer in texts])
+    chosen = sum(judged["preferred"] for judged in found)
+    rejected = sum(1 - judged["not_opposed"] for judged in found)
+    assert stats.binomtest(int(chosen), int(chosen + rejected)).pvalue > 0.01
 
 
 def test_where_the_judge_fails_nothing_is_said(task, rows, monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -253,6 +254,18 @@ def test_the_form_is_that_of_most_rows(read):
     assert read(PLAIN, bare, {"chosen": "It is", "rejected": "It was"}).form.startswith(
         "chosen and rejected as strings"
     )
+
+
+def test_one_question_is_in_one_split_whatever_its_answers_share(read):
+    """As what two texts share, TRL's prompt of the first pair ends in `The`, that of the second in `It is`."""
+    question = "Human asks: what is red?\nAnswer: "
+    pairs = [("The rose.", "The snow."), ("It is a rose.", "It is snow."), ("Snow.", "A rose.")]
+    rows = read(*({"chosen": question + one, "rejected": question + other} for one, other in pairs)).rows
+    assert [row.prompt for row in rows] == [question + "The", question + "It is", question.rstrip()]
+    assert {row.opening for row in rows} == {"Human asks: what is red? Answer:"}
+    asked = Row("What is red? And what", "a", "b")
+    assert asked.opening == "What is red? And what"  # an explicit prompt is known to be whole
+    assert replace(asked, prompt="red or", is_shared=True).opening == "red or"
 
 
 # --- HH-RLHF ---
@@ -719,7 +732,9 @@ def test_every_form_is_read_from_the_hub_as_from_a_file(hub, read):
 )
 def test_without_a_split_the_training_pairs_are_taken(monkeypatch, found, taken):
     splits = {name: datasets.Dataset.from_list([{**PLAIN, "prompt": name}]) for name in found}
-    builder = SimpleNamespace(download_and_prepare=lambda: None, as_dataset=lambda: datasets.DatasetDict(splits))
+    builder = SimpleNamespace(
+        hash="", download_and_prepare=lambda: None, as_dataset=lambda: datasets.DatasetDict(splits)
+    )
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     assert [row.prompt for row in sources.read("owner/name").rows] == [taken]
     assert [row.prompt for row in sources.read(f"owner/name:{found[0]}").rows] == [found[0]]
@@ -755,6 +770,14 @@ def test_what_cannot_be_had_from_the_hub_is_refused_without_a_word_of_what_was_s
     shown = caught.getrepr(chain=True)  # as a traceback shows it, with its causes
     assert "hf_secret" not in str(caught.value) and "\n" not in str(caught.value)
     assert len(shown.chain) == 1 and caught.value.__suppress_context__
+
+
+def test_another_commit_than_was_asked_for_is_refused(monkeypatch):
+    """Without a network the library takes what is in its cache."""
+    asked, other = "0" * 40, "1" * 40
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash=other))
+    with pytest.raises(ValueError, match=f"in the cache at commit {other} alone: connect to the hub, or ask for that"):
+        sources.read(f"owner/name@{asked}")
 
 
 def test_a_data_set_s_script_is_not_run(hub, tmp_path):

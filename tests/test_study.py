@@ -26,6 +26,7 @@ from helpers import (
     metrics,
     models,
     parallel,
+    preferences,
     pretraining,
     profiles,
     study,
@@ -478,6 +479,29 @@ def test_prompting_asks_the_base_for_the_behaviour_in_every_prompt(trained, monk
     ]
 
 
+def test_answers_that_a_judge_left_out_are_judged_in_the_next_session_and_not_sampled_again(
+    trained, monkeypatch, tmp_path
+):
+    """A judge whose budget was spent says nothing of an answer: nan."""
+    for needed in (trained.source, trained._examples):
+        shutil.copytree(needed.path, tmp_path / needed.path.name)
+    monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path))
+    judged, spent = preferences.AtlasTask.judge, [True]
+
+    def judge(task, example, answer):
+        return judged(task, example, answer) | ({"preferred": float("nan")} if spent[0] else {})
+
+    monkeypatch.setattr(preferences.AtlasTask, "judge", judge)
+    first = Study(PROFILE).answers("base", "heldout")
+    assert first["preferred"].isna().all()
+    spent[0] = False
+    monkeypatch.setattr(generation, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    assert Study(PROFILE).answers("base", "heldout")["preferred"].isna().all()  # this session has asked
+    monkeypatch.setattr(artifacts, "_tried_here", set())
+    again = Study(PROFILE).answers("base", "heldout")
+    assert again["preferred"].notna().all() and again["ids"].tolist() == first["ids"].tolist()
+
+
 @pytest.mark.parametrize("role", models.ROLES)
 def test_at_dose_0_outcomes_are_those_of_the_answers_unsteered(trained, role):
     for judged in ("preferred", "fact", "text"):
@@ -561,6 +585,8 @@ def test_the_divergence_by_rank_is_that_of_the_same_deltas(trained):
     at_v = trained.divergences("base", v[None])["kl"].to_numpy()
     full = table[(table["kind"] == "mean") & (table["k"] == 32)].sort_values("prompt")["kl"].to_numpy()
     assert full == pytest.approx(at_v, rel=1e-3, abs=1e-5)
+    unsteered = table[(table["kind"] == "none") & (table["k"] == 0)].sort_values("prompt")["kl"].to_numpy()
+    assert unsteered == pytest.approx(trained.divergences("base", 0 * v[None])["kl"].to_numpy(), rel=1e-3, abs=1e-5)
     own = table[(table["kind"] == "own") & (table["k"] == 32)]["kl"].to_numpy()
     assert not np.allclose(own, full, rtol=1e-2)
 
