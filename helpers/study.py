@@ -249,8 +249,16 @@ class Study:
         """
         if split not in preferences.SPLITS:
             raise ValueError(f"There is no split {split!r}: choose from {', '.join(preferences.SPLITS)}.")
+
+        def write(folder: Path) -> None:
+            pairs = preferences.encode_pairs(self.tokenizer, self.examples[split])
+            (folder / "pairs.json").write_text(json.dumps(pairs))
+
         if split not in self._encoded:
-            self._encoded[split] = preferences.encode_pairs(self.tokenizer, self.examples[split])
+            upstream, code = [self.source, self._examples], [encoding, preferences.encode_pairs]
+            made = artifacts.fetch("encoded", {"split": split}, write, upstream, code)
+            chosen, rejected = ([Tokens(*ids) for ids in answers] for answers in made.read_json("pairs.json"))
+            self._encoded[split] = chosen, rejected
         return self._encoded[split]
 
     def templates(self, split: str) -> np.ndarray:
@@ -768,8 +776,8 @@ class Study:
         return self.sweep("base", site, deltas).join(arms, on="arm")
 
     def divergence_by_rank(self) -> pd.DataFrame:
-        """`divergences` of the base under rank-k steering at `final`, with the `kind` of coefficients and `k`, and as it
-        is, with kind "none" and k 0."""
+        """`divergences` of the base under rank-k steering at `final`, with the `kind` of coefficients and `k`, and of
+        the base alone, with kind "none" and k 0."""
         deltas, arms = self._ranked(FINAL, "prompt_last")
         found = self.divergences("base", torch.cat([torch.zeros_like(deltas[:1]), deltas]))
         arms = pd.concat([pd.DataFrame({"kind": ["none"], "k": [0]}), arms], ignore_index=True)
