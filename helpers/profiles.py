@@ -165,6 +165,11 @@ class Profile:
             raise ValueError(
                 f"A profile's name must be letters, digits, -, _ and ., since a folder bears it; got {self.name!r}."
             )
+        if self.data and Path(self.data.removeprefix("onpolicy:")).is_dir():
+            raise ValueError(
+                f"Profile {self.name!r}: the data {self.data} are a folder: give one file of it, {', '.join(SUFFIXES)} "
+                "(.gz too)."
+            )
         if not _is_known(self.data):
             raise ValueError(
                 f"Profile {self.name!r}: unknown data {self.data!r}; there are {', '.join(DATA)}, mixtures of "

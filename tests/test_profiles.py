@@ -224,3 +224,9 @@ def test_paths_in_a_toml_file_are_beside_it_and_hub_ids_are_left_alone(tmp_path)
 def test_what_a_profile_cannot_be_is_refused_with_what_it_can(field, value, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         dataclasses.replace(profiles.load("gpt2"), **{field: value})
+
+
+@pytest.mark.parametrize("prefix", ["", "onpolicy:"])
+def test_a_folder_of_data_is_refused_as_a_folder(tmp_path, prefix):
+    with pytest.raises(ValueError, match=r"are a folder: give one file of it, \.jsonl, \.json, \.parquet"):
+        profiles.load("smoke", data=f"{prefix}{tmp_path}")
