@@ -59,9 +59,9 @@ def ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def ended(answer: list[int], ends: list[int], most: int) -> list[int]:
-    """An answer's tokens with what ends it, unless it was cut at `most` tokens before it came to an end."""
-    return answer if len(answer) == most else [*answer, *ends[:1]]
+def ended(answer: list[int], end: int | None, most: int) -> list[int]:
+    """An answer's tokens and the one that ends it, unless it was cut at `most` tokens or there is none that does."""
+    return answer if end is None or len(answer) == most else [*answer, end]
 
 
 def _common_end(one: list[int], other: list[int]) -> list[int]:

@@ -161,7 +161,7 @@ class Explorer:
 
     def token(self, i: int) -> str:
         """A token's text; END for what ends an answer."""
-        return END if i in encoding.ends(self.study.tokenizer) else self.study.tokenizer.decode([i])
+        return END if i in self.study.ends else self.study.tokenizer.decode([i])
 
     def _prompt(self, text: str) -> list[int]:
         if not text.strip():
@@ -191,8 +191,8 @@ class Explorer:
             ids = [answers[0] for answers in generation.sample(
                 model, tokenizer, [prompt], size, setting.seed, setting.site, deltas
             )]  # fmt: skip
-            ends = encoding.ends(tokenizer)
-            ended = [Tokens(prompt, encoding.ended(answer, ends, size)) for answer in ids]
+            end = next(iter(self.study.ends), None)
+            ended = [Tokens(prompt, encoding.ended(answer, end, size)) for answer in ids]
             plain, plain_state = _read(model, ended)
             with steering.added(model, setting.site, delta, start=len(prompt) - 1):
                 steered, steered_state = _read(model, ended)

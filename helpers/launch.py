@@ -82,7 +82,6 @@ def _make_source(profile: Profile) -> Artifact:
 
 def follow(study: Study) -> None:
     """Take part in each training that the main process calls to, until it says that there is no more."""
-    os.environ["TQDM_DISABLE"] = "1"  # TRL's bar
     with artifacts.nothing_made():
         while (called := _tell(None)) is not None:
             study.train(*called)

@@ -47,6 +47,12 @@ def is_file(source: str) -> bool:
     return source.removesuffix(".gz").endswith(SUFFIXES)
 
 
+def refuse_folder(source: str) -> None:
+    """Raise ValueError for data that are a folder, which a hub id may be the name of too."""
+    if Path(source).expanduser().is_dir():
+        raise ValueError(f"The data {source} are a folder: give one file of it, {', '.join(SUFFIXES)} (.gz too).")
+
+
 def _require(part, smallest: dict[str, float]) -> None:
     """Raise ValueError for a field below its smallest sensible value."""
     for name, least in smallest.items():
@@ -165,11 +171,8 @@ class Profile:
             raise ValueError(
                 f"A profile's name must be letters, digits, -, _ and ., since a folder bears it; got {self.name!r}."
             )
-        if self.data and Path(self.data.removeprefix("onpolicy:")).is_dir():
-            raise ValueError(
-                f"Profile {self.name!r}: the data {self.data} are a folder: give one file of it, {', '.join(SUFFIXES)} "
-                "(.gz too)."
-            )
+        if self.data:
+            refuse_folder(self.data.removeprefix("onpolicy:"))
         if not _is_known(self.data):
             raise ValueError(
                 f"Profile {self.name!r}: unknown data {self.data!r}; there are {', '.join(DATA)}, mixtures of "

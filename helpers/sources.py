@@ -24,7 +24,7 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
-from helpers.profiles import HUB_ID, SUFFIXES, is_file
+from helpers.profiles import HUB_ID, SUFFIXES, is_file, refuse_folder
 
 datasets.disable_progress_bars()  # they would stay in the notebooks
 
@@ -170,9 +170,8 @@ def split(rows: Rows, sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
 
 def _local(source: str) -> Path | None:
     """The file that a source names; None where it is a hub id."""
+    refuse_folder(source)  # which `datasets` would read in place of a hub id of the same name
     path = Path(source).expanduser()
-    if path.is_dir():  # which `datasets` would read in place of a hub id of the same name
-        raise ValueError(f"The data {source} are a folder: give one file of it, {KINDS}.")
     named = is_file(path.name)
     if path.is_file() and not named:
         raise ValueError(f"The data file {source} is of no kind that is read: give {KINDS}.")

@@ -209,6 +209,11 @@ class Study:
         return self._loaded_base[1]
 
     @cached_property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        return encoding.ends(self.tokenizer)
+
+    @cached_property
     def _examples(self) -> Artifact:
         def write(folder: Path) -> None:
             found = self.task.draw(self.base, self.tokenizer)
@@ -818,9 +823,8 @@ class Study:
         """Sampled answers to prompts, each with its end unless it was cut before it came to one: for each of the tokens
         that end an answer in turn, since a sample does not keep its own."""
         most = self.profile.sizes.new_tokens
-        for end in encoding.ends(self.tokenizer) or [None]:
-            ends = [] if end is None else [end]
-            yield [Tokens(p, encoding.ended(ids, ends, most)) for p, ids in zip(prompts, answers, strict=True)]
+        for end in self.ends or [None]:
+            yield [Tokens(p, encoding.ended(ids, end, most)) for p, ids in zip(prompts, answers, strict=True)]
 
     def log_ratios(self, role: str, deltas: Tensor) -> pd.DataFrame:
         """What each of `deltas`, (arms, d), added at `final` makes of the held-out pairs.

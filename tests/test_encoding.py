@@ -50,6 +50,6 @@ def test_a_template_that_takes_no_answers_leaves_the_end_of_the_sequence(speakin
 
 
 def test_an_answer_gets_its_end_unless_it_was_cut_before():
-    assert encoding.ended([5, 6], [2, 3], most=3) == [5, 6, 2]
-    assert encoding.ended([5, 6, 7], [2, 3], most=3) == [5, 6, 7]
-    assert encoding.ended([], [2], most=3) == [2] and encoding.ended([5], [], most=3) == [5]
+    assert encoding.ended([5, 6], 2, most=3) == [5, 6, 2]
+    assert encoding.ended([5, 6, 7], 2, most=3) == [5, 6, 7]
+    assert encoding.ended([], 2, most=3) == [2] and encoding.ended([5], None, most=3) == [5]
