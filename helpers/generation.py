@@ -4,41 +4,45 @@ All arms of a comparison (doses, directions, models) use the same random numbers
 noise to the logits and taking the maximum samples exactly from the softmax (the Gumbel-max trick), and the noise
 depends only on the seed, the prompt's index and the step. Arms then differ by what was done to the model alone, and a
 sample does not depend on which others share its batch.
+
+What arms have in common is computed once. Steering at `final` moves what the unembedding reads and no state that a
+later token attends to, so arms there share all states until they say different things.
 """
 
-import itertools
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from helpers import activations, encoding, models, steering
 
-MAX_ROWS = 1536  # sequences decoded at once
-STRIDE = 6  # tokens decoded before the rows that have ended leave the batch
+MAX_ROWS = 1536  # answers decoded at once
+MAX_LEFT = 0.25  # share of the branches in the cache that no row continues any more
 SPANS = ("response", "prompt", "all")
 
 
-class GumbelNoise(LogitsProcessor):
-    """Add Gumbel noise to the logits, so that the greedy choice is a sample at temperature 1.
+class GumbelNoise:
+    """Gumbel noise for the logits of some prompts' answers: with it, the greedy choice is a sample at temperature 1."""
 
-    prompts: the index of each row's prompt, (rows,). It may lose rows between steps: rows of one prompt share their
-    noise, which is the same whichever other rows there are.
-    """
+    def __init__(self, prompts: Sequence[int], seed: int):
+        self.generators = {i: torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts}
 
-    def __init__(self, prompts: Tensor, seed: int):
-        self.prompts = prompts
-        self.generators = {i: torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts.unique().tolist()}
+    def added(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """Logits, (rows, vocabulary), with the noise of each row's prompt at its next step; prompts: (rows,).
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        present, row = self.prompts.unique(return_inverse=True)
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=self.generators[i]) for i in present.tolist()])
+        Rows of one prompt share their noise, which is the same whichever other rows there are.
+        """
+        present, row = prompts.unique(return_inverse=True)
+        uniform = torch.stack([torch.rand(logits.shape[1], generator=self.generators[i]) for i in present.tolist()])
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-10, 1 - 1e-7)))
-        return scores.float() + gumbel[row].to(scores.device)
+        return logits.float() + gumbel[row].to(logits.device)
 
 
 def sample(
@@ -70,6 +74,7 @@ def sample(
         raise ValueError(f"Unknown span {span!r}: choose from {', '.join(SPANS)}.")
     arms = 1 if deltas is None else len(deltas)
     if deltas is not None:
+        steering.check(model, site, deltas)
         deltas = steering.by_prompt(deltas, len(prompts))
     answers = [[[]] * len(prompts) for _ in range(arms)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -90,77 +95,144 @@ def sample(
 @torch.no_grad()
 def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, deltas, span) -> list[list[int]]:
     """The answers to a chunk of prompts, a prompt's arms one after the other."""
-    ends = encoding.ends(tokenizer)
-    inputs, attended = _left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device)
-    width = inputs.shape[1]
-    first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
-    settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends or None}
+    ends = torch.tensor(encoding.ends(tokenizer), dtype=torch.long)
+    branches = _Branches(model, *_left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device))
     rows = _Rows(
         index=torch.arange(len(chunk) * arms),
-        ids=inputs.repeat_interleave(arms, dim=0),
-        attended=attended.repeat_interleave(arms, dim=0),
-        deltas=None if deltas is None else deltas[:, chunk].transpose(0, 1).flatten(0, 1),
-        noise=None if seed is None else GumbelNoise(torch.tensor(chunk).repeat_interleave(arms), seed),
-        cache=_shared_cache(model, inputs, attended, arms, settings) if span == "response" else None,
+        prompt=torch.tensor(chunk).repeat_interleave(arms),
+        branch=torch.arange(len(chunk)).repeat_interleave(arms),
+        deltas=None if deltas is None else deltas[:, chunk].transpose(0, 1).flatten(0, 1).to(model.device),
     )
-    answers: list[list[int]] = [[]] * len(rows.index)
-    while len(rows.index):
-        steps = min(STRIDE, width + new_tokens - rows.ids.shape[1])
-        with nullcontext() if deltas is None else steering.added(model, site, rows.deltas, first, stop):
-            rows.advance(model, steps, settings)
-        answered = rows.ids[:, width:].tolist()
-        going = torch.tensor([len(ids) < new_tokens and not set(ends) & set(ids) for ids in answered])
-        for i in (~going).nonzero().flatten().tolist():
-            answers[rows.index[i]] = _until_end(answered[i], ends)
-        rows.keep(going)
-    return answers
+    noise = None if seed is None else GumbelNoise(chunk, seed)
+    width = branches.length
+    first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
+    if site in (None, models.FINAL) or span == "response":
+        branches.read_all_but_last()
+    if site not in (None, models.FINAL):
+        rows.branch = branches.split(rows.branch)
+    said = torch.full((len(rows.index), new_tokens), -1)
+    with _read_by_row(model, branches, rows, site, first, stop):
+        for step in range(new_tokens):
+            logits = branches.read()
+            tokens = (noise.added(logits, rows.prompt) if noise else logits).argmax(dim=-1).cpu()
+            going = ~torch.isin(tokens, ends)
+            said[rows.index[going], step] = tokens[going]
+            rows.keep(going)
+            if not len(rows.index) or step == new_tokens - 1:
+                break
+            rows.branch = branches.continued(rows.branch, tokens[going])
+    return [[token for token in answer if token >= 0] for answer in said.tolist()]
 
 
 @dataclass
 class _Rows:
-    """The rows of a batch that have not ended yet."""
+    """The answers of a batch that have not ended, one a prompt and arm."""
 
-    index: Tensor  # of each row in the batch
-    ids: Tensor
-    attended: Tensor
+    index: Tensor  # in the batch
+    prompt: Tensor
+    branch: Tensor  # which of the branches it continues
     deltas: Tensor | None
-    noise: GumbelNoise | None
-    cache: Cache | None  # keys and values of what has been read
 
-    def advance(self, model: nn.Module, steps: int, settings: dict) -> None:
-        """Decode up to `steps` more tokens."""
-        out = models.causal_lm(model).generate(
-            input_ids=self.ids,
-            attention_mask=self.attended,
-            past_key_values=self.cache,
-            max_new_tokens=steps,
-            logits_processor=LogitsProcessorList([self.noise] if self.noise else []),
-            return_dict_in_generate=True,
-            **settings,
-        )
-        new = out.sequences.shape[1] - self.ids.shape[1]
-        self.ids, self.cache = out.sequences, out.past_key_values
-        self.attended = torch.cat([self.attended, self.attended.new_ones(len(self.ids), new)], dim=1)
+    def keep(self, going: Tensor) -> None:
+        """Drop the other rows; going: (rows,), true or false."""
+        if not going.all():
+            self.index, self.prompt, self.branch = self.index[going], self.prompt[going], self.branch[going]
+            self.deltas = None if self.deltas is None else self.deltas[going]
 
-    def keep(self, chosen: Tensor) -> None:
-        """Drop the other rows; chosen: (rows,), true or false."""
-        if chosen.all():
+
+class _Branches:
+    """Token sequences, and the keys and values of what has been read of them.
+
+    Rows that have said the same, and were steered alike wherever a later token looks, continue one branch.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, attended: Tensor):
+        """ids, attended: (branches, tokens), padded on the left."""
+        self.model = model
+        self.unread = ids
+        self.attended = attended
+        self.cache: Cache | None = None
+
+    def __len__(self) -> int:
+        return len(self.attended)
+
+    @property
+    def length(self) -> int:
+        """In tokens, with the padding and what is not read yet."""
+        return self.attended.shape[1]
+
+    def read(self) -> Tensor:
+        """Read what is unread: the logits after it, (rows, vocabulary), where a hook makes rows of branches."""
+        return self._read(models.causal_lm(self.model), self.unread, self.attended).logits[:, -1]
+
+    def read_all_but_last(self) -> None:
+        """Read the beginning, which all rows of a branch share, and leave the last token unread."""
+        if self.unread.shape[1] == 1:
             return
-        self.index, self.ids, self.attended = self.index[chosen], self.ids[chosen], self.attended[chosen]
-        self.deltas = None if self.deltas is None else self.deltas[chosen]
-        if self.noise:
-            self.noise.prompts = self.noise.prompts[chosen]
-        self.cache.batch_select_indices(chosen.nonzero().flatten())
+        attended = self.attended[:, :-1].clone()
+        attended[attended.sum(dim=1) == 0] = 1  # a prompt of one token: no later token looks at what its padding made
+        self._read(models.decoder(self.model), self.unread[:, :-1], attended)
+        self.unread = self.unread[:, -1:]
+
+    def _read(self, reader: nn.Module, ids: Tensor, attended: Tensor) -> ModelOutput:
+        positions = (attended.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        takes_positions = "position_ids" in signature(reader.forward).parameters
+        out = reader(
+            input_ids=ids, attention_mask=attended, past_key_values=self.cache, use_cache=True,
+            **({"position_ids": positions} if takes_positions else {}),
+        )  # fmt: skip
+        self.cache = out.past_key_values
+        return out
+
+    def split(self, branch: Tensor) -> Tensor:
+        """Give each row, (rows,), a branch of its own."""
+        self._select(branch)
+        self.unread = self.unread[branch]
+        return torch.arange(len(branch))
+
+    def continued(self, branch: Tensor, tokens: Tensor) -> Tensor:
+        """Continue the rows' branches by a token each, both (rows,): which branch is now whose."""
+        vocabulary = int(tokens.max()) + 1
+        distinct, of_row = (branch * vocabulary + tokens).unique(return_inverse=True)
+        parents, unread = distinct // vocabulary, distinct % vocabulary
+        divides = len(parents.unique()) < len(parents)
+        if divides or len(parents) < (1 - MAX_LEFT) * len(self):
+            self._select(parents)
+        else:  # moving what is cached would cost more than reading on where no row is left
+            unread, of_row = torch.zeros(len(self), dtype=torch.long).index_put((parents,), unread), branch
+        self.unread = unread[:, None].to(self.attended.device)
+        self.attended = torch.cat([self.attended, self.attended.new_ones(len(self), 1)], dim=1)
+        return of_row
+
+    def _select(self, branch: Tensor) -> None:
+        branch = branch.to(self.attended.device)
+        self.attended = self.attended[branch]
+        if self.cache is not None:
+            self.cache.reorder_cache(branch)
 
 
-def _shared_cache(model, inputs: Tensor, attended: Tensor, arms: int, settings: dict) -> Cache | None:
-    """Keys and values of all but the prompts' last tokens, computed once for all arms: none of them steers these."""
-    if not attended[:, :-1].any(dim=1).all():  # a prompt of one token
-        return None
-    prefix = _Rows(torch.arange(len(inputs)), inputs[:, :-1], attended[:, :-1], None, None, None)
-    prefix.advance(model, 1, settings)
-    prefix.cache.batch_repeat_interleave(arms)
-    return prefix.cache
+@contextmanager
+def _read_by_row(
+    model: nn.Module, branches: _Branches, rows: _Rows, site: str | None, first: int, stop: int | None
+) -> Iterator[None]:
+    """Inside, the unembedding reads a state for each row, that of its branch's last token, and the rows' deltas are
+    added at `site`, from position `first` until before `stop`."""
+    moved = partial(steering.moved, start=first, stop=stop)
+
+    def in_block(states: Tensor) -> Tensor:
+        deltas = rows.deltas.new_zeros(len(branches), states.shape[-1])
+        deltas[rows.branch] = rows.deltas
+        return moved(states, deltas, branches.length - states.shape[1])
+
+    def at_final(states: Tensor) -> Tensor:
+        last = states[rows.branch.to(states.device), -1:]
+        return moved(last, rows.deltas, branches.length - 1) if site == models.FINAL else last
+
+    with ExitStack() as stack:
+        if site not in (None, models.FINAL):
+            stack.enter_context(activations.hooked(model, site, in_block))
+        stack.enter_context(activations.hooked(model, models.FINAL, at_final))
+        yield
 
 
 def _left_padded(ids: Sequence[list[int]], pad: int, device) -> tuple[Tensor, Tensor]:
@@ -168,10 +240,6 @@ def _left_padded(ids: Sequence[list[int]], pad: int, device) -> tuple[Tensor, Te
     inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
     attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
     return inputs, attended
-
-
-def _until_end(ids: list[int], ends: list[int]) -> list[int]:
-    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, answers: Sequence[list[int]]) -> list[str]:

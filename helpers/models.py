@@ -103,7 +103,7 @@ def load(
             f"The model {name} has weights that are not finite in {dtype}: take float32, or mend the checkpoint."
         )
     ensure_pad_token(tokenizer)
-    # a repetition penalty or forbidden tokens that came with the checkpoint would bend the distribution we sample from
+    # a repetition penalty or forbidden tokens that came with the checkpoint would bend what `generate` samples
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(**special)
     for name, token in special.items():

@@ -26,24 +26,25 @@ def added(
     is, counted from the start of the padded sequence, with a KV cache too. Where delta is exactly zero, not one bit
     changes. Raises ValueError for an unknown site, a delta of another width, and a non-finite delta.
     """
-    _check_delta(model, site, delta)
+    check(model, site, delta)
     seen = _Positions()
-
-    def change(states: Tensor) -> Tensor:
-        rows = delta.to(states).unsqueeze(-2)  # (1, d) or (batch, 1, d)
-        positions = torch.arange(seen.offset, seen.offset + states.shape[1], device=states.device)
-        first = torch.as_tensor(start, device=states.device).unsqueeze(-1)  # (1,) or (batch, 1)
-        steered = positions >= first  # (tokens,) or (batch, tokens)
-        if stop is not None:
-            steered = steered & (positions < stop)
-        return torch.where(steered[..., None] & (rows != 0), states + rows, states)
-
     handle = models.decoder(model).register_forward_pre_hook(seen.update, with_kwargs=True)
     try:
-        with activations.hooked(model, site, change):
+        with activations.hooked(model, site, lambda states: moved(states, delta, seen.offset, start, stop)):
             yield
     finally:
         handle.remove()
+
+
+def moved(states: Tensor, delta: Tensor, offset: int, start: int | Tensor = 0, stop: int | None = None) -> Tensor:
+    """States (batch, tokens, d), the first token's at position `offset`, with `delta` added as in `added`."""
+    rows = delta.to(states).unsqueeze(-2)  # (1, d) or (batch, 1, d)
+    positions = torch.arange(offset, offset + states.shape[1], device=states.device)
+    first = torch.as_tensor(start, device=states.device).unsqueeze(-1)  # (1,) or (batch, 1)
+    steered = positions >= first  # (tokens,) or (batch, tokens)
+    if stop is not None:
+        steered = steered & (positions < stop)
+    return torch.where(steered[..., None] & (rows != 0), states + rows, states)
 
 
 class _Positions:
@@ -70,7 +71,9 @@ def by_prompt(deltas: Tensor, prompts: int) -> Tensor:
     return deltas[:, None].expand(-1, prompts, -1)
 
 
-def _check_delta(model: nn.Module, site: str, delta: Tensor) -> None:
+def check(model: nn.Module, site: str, delta: Tensor) -> None:
+    """Raise ValueError for a site that the model does not have, and for deltas (..., d) that are not finite or of
+    another width than its states."""
     models.site_layer(model, site)
     width = models.causal_lm(model).config.get_text_config().hidden_size
     if delta.shape[-1] != width:

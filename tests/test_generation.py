@@ -99,12 +99,55 @@ def test_an_answer_does_not_depend_on_batch_mates(model, seed):
     assert [arm[0] for arm in together] == [arm[0] for arm in alone]
 
 
-@pytest.mark.parametrize("stride", [1, 3, 50])
-def test_answers_do_not_depend_on_when_ended_rows_leave(model, monkeypatch, stride):
-    kwargs = {"site": "resid[1]", "deltas": torch.stack([0 * V, V, -V]), "new_tokens": 12}
+@pytest.mark.parametrize("left", [0, 0.5, 1])
+@pytest.mark.parametrize("site", ["resid[1]", "final"])
+def test_answers_do_not_depend_on_when_ended_rows_leave(model, monkeypatch, site, left):
+    kwargs = {"site": site, "deltas": torch.stack([0 * V, V, -V]), "new_tokens": 12}
     whole = sample(model, **kwargs)
-    monkeypatch.setattr(generation, "STRIDE", stride)
+    monkeypatch.setattr(generation, "MAX_LEFT", left)
     assert sample(model, **kwargs) == whole
+
+
+def said_alone(model, prompt, i, delta, new_tokens, seed) -> list[int]:
+    """An answer by plain forward passes of one sequence, without a cache."""
+    noise, ids = generation.GumbelNoise([i], seed), []
+    with steering.added(model, "final", delta, start=len(prompt) - 1):
+        while len(ids) < new_tokens:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[:, -1]
+            ids.append(noise.added(logits, torch.tensor([i])).argmax().item())
+            if ids[-1] == END:
+                return ids[:-1]
+    return ids
+
+
+def test_arms_that_share_their_states_at_final_say_what_each_says_alone(model):
+    deltas = torch.stack([0 * V, 0.5 * V, V, -V])[:, None].repeat(1, len(PROMPTS), 1)
+    deltas[3, ::2] *= 0.1  # some prompts have deltas of their own
+    arms = sample(model, new_tokens=12, site="final", deltas=deltas)
+    for arm, of_prompts in zip(arms, deltas):
+        for i, (prompt, delta) in enumerate(zip(PROMPTS, of_prompts)):
+            assert arm[i] == said_alone(model, prompt, i, delta, 12, seed=5)
+    assert arms[0] != arms[1] != arms[2] != arms[3]
+
+
+@pytest.mark.parametrize("site, shared", [("final", True), ("resid[1]", False)])
+def test_what_arms_have_in_common_is_read_once(llama, monkeypatch, site, shared):
+    """Tokens that enter the blocks: of `final`, each different thing that was said; else the prompts' beginnings."""
+    monkeypatch.setattr(generation, "MAX_LEFT", 0)
+    prompts, n, read = [random_ids(7, seed) for seed in range(5)], 12, []
+    deltas = torch.stack([dose * V for dose in (0.1, 0.2, 0.3, 0.4)])
+    handle = models.blocks(llama)[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2].numel()))
+    arms = sample(llama, prompts, n, site=site, deltas=deltas)
+    handle.remove()
+    texts = [
+        (i, *([] if shared else [arm]), *answer[:t])
+        for arm, answers in enumerate(arms) for i, answer in enumerate(answers)
+        for t in range(min(len(answer), n - 1) + 1)
+    ]  # fmt: skip
+    distinct = set(texts)
+    assert sum(read) == 6 * len(prompts) + len(distinct)
+    assert len(distinct) < 0.8 * len(texts) if shared else len(distinct) == len(texts)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -187,12 +230,12 @@ def test_on_the_prompt_a_site_steers_what_is_read_and_not_what_is_said(model):
         assert answer == (said[:-1] if said[-1] == END else said)
 
 
-@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("left", [0, 1])
 @pytest.mark.parametrize("span", generation.SPANS)
-def test_a_span_does_not_depend_on_when_ended_rows_leave(llama, monkeypatch, span, stride):
+def test_a_span_does_not_depend_on_when_ended_rows_leave(llama, monkeypatch, span, left):
     kwargs = {"site": "resid[1]", "deltas": torch.stack([0 * V, V, -V]), "new_tokens": 12, "span": span}
     whole = sample(llama, **kwargs)
-    monkeypatch.setattr(generation, "STRIDE", stride)
+    monkeypatch.setattr(generation, "MAX_LEFT", left)
     assert sample(llama, **kwargs) == whole
 
 
@@ -205,8 +248,8 @@ def test_sampling_with_the_adapter_off_is_sampling_from_the_base(llama):
 
 def test_the_noise_of_a_prompt_depends_on_seed_index_and_step_alone():
     def noise(prompts, seed):
-        process = generation.GumbelNoise(torch.tensor(prompts), seed)
-        return [process(None, torch.zeros(len(prompts), 9)) for _ in range(2)]
+        process = generation.GumbelNoise(set(prompts), seed)
+        return [process.added(torch.zeros(len(prompts), 9), torch.tensor(prompts)) for _ in range(2)]
 
     first, second = noise([0, 1, 2], 7)
     assert torch.equal(first[2], noise([2], 7)[0][0]) and torch.equal(second[2], noise([2], 7)[1][0])
@@ -215,15 +258,15 @@ def test_the_noise_of_a_prompt_depends_on_seed_index_and_step_alone():
 
 
 def test_rows_that_leave_do_not_change_the_noise_of_those_that_stay():
-    process = generation.GumbelNoise(torch.tensor([0, 0, 1, 1, 2]), 7)
-    whole = generation.GumbelNoise(torch.tensor([0, 0, 1, 1, 2]), 7)
-    process(None, torch.zeros(5, 9)), whole(None, torch.zeros(5, 9))
-    process.prompts = torch.tensor([1, 2])
-    assert torch.equal(process(None, torch.zeros(2, 9)), whole(None, torch.zeros(5, 9))[[2, 4]])
+    process, whole = (generation.GumbelNoise([0, 1, 2], 7) for _ in range(2))
+    prompts = torch.tensor([0, 0, 1, 1, 2])
+    process.added(torch.zeros(5, 9), prompts), whole.added(torch.zeros(5, 9), prompts)
+    left = process.added(torch.zeros(2, 9), prompts[[2, 4]])
+    assert torch.equal(left, whole.added(torch.zeros(5, 9), prompts)[[2, 4]])
 
 
 def test_the_noise_is_gumbel():
-    drawn = generation.GumbelNoise(torch.tensor([0]), 3)(None, torch.zeros(1, 20_000))[0].numpy()
+    drawn = generation.GumbelNoise([0], 3).added(torch.zeros(1, 20_000), torch.tensor([0]))[0].numpy()
     assert stats.kstest(drawn, stats.gumbel_r.cdf).pvalue > 0.01
 
 

@@ -95,10 +95,10 @@ def logits(model, ids):
 
 def decoded(model, prompt, i, shift=0.0) -> list[int]:
     """The answer to prompt i, sampled by plain forward passes with the noise that is the prompt's own."""
-    noise, ids = generation.GumbelNoise(torch.tensor([i]), PROFILE.seed), []
+    noise, ids = generation.GumbelNoise([i], PROFILE.seed), []
     while len(ids) < PROFILE.sizes.new_tokens:
         scores = (logits(model, prompt + ids)[-1] + shift).float()
-        ids.append(noise(None, scores[None])[0].argmax().item())
+        ids.append(noise.added(scores[None], torch.tensor([i]))[0].argmax().item())
         if ids[-1] == model.config.eos_token_id:
             return ids[:-1]
     return ids
