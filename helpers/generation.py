@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from helpers import activations, encoding, models, steering
 
 MAX_ROWS = 1536  # answers decoded at once
-MAX_LEFT = 0.25  # share of the branches in the cache that no row continues any more
+MAX_IDLE = 0.25  # share of the branches in the cache that no row continues any more
 SPANS = ("response", "prompt", "all")
 
 
@@ -61,7 +61,7 @@ def sample(
 
     seed: of the samples; None decodes greedily.
     deltas: what each arm adds at `site` (a dose times a direction), (arms, d), or (arms, prompts, d) where every prompt
-    has its own; None is one arm without a hook.
+    has its own; None is one arm that adds nothing.
     span: "response" steers every position that predicts a token of the response, so from the prompt's last token on;
     "prompt" the prompt's own positions alone, the last among them; "all" both. Where memory does not suffice, batches
     are halved. Raises ValueError for an empty prompt or one that leaves no room for the answer, and for deltas of
@@ -106,9 +106,9 @@ def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, delt
     noise = None if seed is None else GumbelNoise(chunk, seed)
     width = branches.length
     first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
-    if site in (None, models.FINAL) or span == "response":
+    if _leaves_states(site) or span == "response":
         branches.read_all_but_last()
-    if site not in (None, models.FINAL):
+    if not _leaves_states(site):
         rows.branch = branches.split(rows.branch)
     said = torch.full((len(rows.index), new_tokens), -1)
     with _read_by_row(model, branches, rows, site, first, stop):
@@ -122,6 +122,11 @@ def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, delt
                 break
             rows.branch = branches.continued(rows.branch, tokens[going])
     return [[token for token in answer if token >= 0] for answer in said.tolist()]
+
+
+def _leaves_states(site: str | None) -> bool:
+    """Whether steering at a site leaves alone all that a later token looks at."""
+    return site in (None, models.FINAL)
 
 
 @dataclass
@@ -149,64 +154,79 @@ class _Branches:
     def __init__(self, model: nn.Module, ids: Tensor, attended: Tensor):
         """ids, attended: (branches, tokens), padded on the left."""
         self.model = model
-        self.unread = ids
+        self.ids = ids
         self.attended = attended
+        self.done = 0  # how many of the tokens have been read
         self.cache: Cache | None = None
+        # transformers' `generate` asks in the same way; Bloom's, for one, knows positions by its mask
+        self.takes_positions = "position_ids" in signature(models.causal_lm(model).forward).parameters
 
     def __len__(self) -> int:
-        return len(self.attended)
+        return len(self.ids)
 
     @property
     def length(self) -> int:
         """In tokens, with the padding and what is not read yet."""
-        return self.attended.shape[1]
+        return self.ids.shape[1]
 
     def read(self) -> Tensor:
-        """Read what is unread: the logits after it, (rows, vocabulary), where a hook makes rows of branches."""
-        return self._read(models.causal_lm(self.model), self.unread, self.attended).logits[:, -1]
+        """Read what is unread: the logits after it, (branches, vocabulary), in `_read_by_row` (rows, vocabulary)."""
+        lm = models.causal_lm(self.model)
+        inputs = lm.prepare_inputs_for_generation(  # Phi-3's reads all anew where its scale of positions changes
+            self.ids, next_sequence_length=self.length - self.done, past_key_values=self.cache,
+            attention_mask=self.attended, use_cache=True, **self._positions(self.attended),
+        )  # fmt: skip
+        out = lm(**inputs)
+        self._keep(out, self.length)
+        return out.logits[:, -1]
 
     def read_all_but_last(self) -> None:
-        """Read the beginning, which all rows of a branch share, and leave the last token unread."""
-        if self.unread.shape[1] == 1:
+        """Read the beginning, which all rows of a branch share, without its logits, and leave the last token unread."""
+        if self.length == 1:
             return
-        attended = self.attended[:, :-1].clone()
-        attended[attended.sum(dim=1) == 0] = 1  # a prompt of one token: no later token looks at what its padding made
-        self._read(models.decoder(self.model), self.unread[:, :-1], attended)
-        self.unread = self.unread[:, -1:]
+        ids, attended = self.ids[:, :-1], self.attended[:, :-1]
+        read = models.decoder(self.model)
+        self._keep(
+            read(input_ids=ids, attention_mask=attended, use_cache=True, **self._positions(attended)), self.length - 1
+        )
 
-    def _read(self, reader: nn.Module, ids: Tensor, attended: Tensor) -> ModelOutput:
-        positions = (attended.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        takes_positions = "position_ids" in signature(reader.forward).parameters
-        out = reader(
-            input_ids=ids, attention_mask=attended, past_key_values=self.cache, use_cache=True,
-            **({"position_ids": positions} if takes_positions else {}),
-        )  # fmt: skip
-        self.cache = out.past_key_values
-        return out
+    def _positions(self, attended: Tensor) -> dict[str, Tensor]:
+        return {"position_ids": (attended.cumsum(dim=1) - 1).clamp(min=0)} if self.takes_positions else {}
+
+    def _keep(self, out: ModelOutput, done: int) -> None:
+        self.cache, self.done = getattr(out, "past_key_values", None), done
+        if self.cache is None:
+            raise ValueError(
+                f"{type(models.causal_lm(self.model)).__name__} keeps no keys and values of what it has read, so it "
+                "cannot be sampled from: this architecture is not supported, or the model is being trained."
+            )
 
     def split(self, branch: Tensor) -> Tensor:
         """Give each row, (rows,), a branch of its own."""
         self._select(branch)
-        self.unread = self.unread[branch]
         return torch.arange(len(branch))
 
     def continued(self, branch: Tensor, tokens: Tensor) -> Tensor:
         """Continue the rows' branches by a token each, both (rows,): which branch is now whose."""
         vocabulary = int(tokens.max()) + 1
         distinct, of_row = (branch * vocabulary + tokens).unique(return_inverse=True)
-        parents, unread = distinct // vocabulary, distinct % vocabulary
+        parents, tokens = distinct // vocabulary, distinct % vocabulary
         divides = len(parents.unique()) < len(parents)
-        if divides or len(parents) < (1 - MAX_LEFT) * len(self):
+        if divides or len(parents) < (1 - MAX_IDLE) * len(self):
             self._select(parents)
-        else:  # moving what is cached would cost more than reading on where no row is left
-            unread, of_row = torch.zeros(len(self), dtype=torch.long).index_put((parents,), unread), branch
-        self.unread = unread[:, None].to(self.attended.device)
+            self._append(tokens)
+            return of_row
+        # moving what is cached would cost more than to read on, some token 0, where no row is left
+        self._append(torch.zeros(len(self), dtype=torch.long).index_put((parents,), tokens))
+        return branch
+
+    def _append(self, tokens: Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids)], dim=1)
         self.attended = torch.cat([self.attended, self.attended.new_ones(len(self), 1)], dim=1)
-        return of_row
 
     def _select(self, branch: Tensor) -> None:
-        branch = branch.to(self.attended.device)
-        self.attended = self.attended[branch]
+        branch = branch.to(self.ids.device)
+        self.ids, self.attended = self.ids[branch], self.attended[branch]
         if self.cache is not None:
             self.cache.reorder_cache(branch)
 
@@ -216,7 +236,10 @@ def _read_by_row(
     model: nn.Module, branches: _Branches, rows: _Rows, site: str | None, first: int, stop: int | None
 ) -> Iterator[None]:
     """Inside, the unembedding reads a state for each row, that of its branch's last token, and the rows' deltas are
-    added at `site`, from position `first` until before `stop`."""
+    added at `site`, from position `first` until before `stop`.
+
+    The hooks see branches and rows as they are at each pass, between which both change.
+    """
     moved = partial(steering.moved, start=first, stop=stop)
 
     def in_block(states: Tensor) -> Tensor:
@@ -229,7 +252,7 @@ def _read_by_row(
         return moved(last, rows.deltas, branches.length - 1) if site == models.FINAL else last
 
     with ExitStack() as stack:
-        if site not in (None, models.FINAL):
+        if not _leaves_states(site):
             stack.enter_context(activations.hooked(model, site, in_block))
         stack.enter_context(activations.hooked(model, models.FINAL, at_final))
         yield

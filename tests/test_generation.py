@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import CONTEXT, LAYERS, WIDTH, random_ids, random_vector, tiny, with_adapter
 from scipy import stats
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from helpers import encoding, generation, models, steering
 
@@ -99,12 +101,12 @@ def test_an_answer_does_not_depend_on_batch_mates(model, seed):
     assert [arm[0] for arm in together] == [arm[0] for arm in alone]
 
 
-@pytest.mark.parametrize("left", [0, 0.5, 1])
+@pytest.mark.parametrize("idle", [0, 0.5, 1])
 @pytest.mark.parametrize("site", ["resid[1]", "final"])
-def test_answers_do_not_depend_on_when_ended_rows_leave(model, monkeypatch, site, left):
+def test_answers_do_not_depend_on_when_ended_rows_leave(model, monkeypatch, site, idle):
     kwargs = {"site": site, "deltas": torch.stack([0 * V, V, -V]), "new_tokens": 12}
     whole = sample(model, **kwargs)
-    monkeypatch.setattr(generation, "MAX_LEFT", left)
+    monkeypatch.setattr(generation, "MAX_IDLE", idle)
     assert sample(model, **kwargs) == whole
 
 
@@ -134,20 +136,85 @@ def test_arms_that_share_their_states_at_final_say_what_each_says_alone(model):
 @pytest.mark.parametrize("site, shared", [("final", True), ("resid[1]", False)])
 def test_what_arms_have_in_common_is_read_once(llama, monkeypatch, site, shared):
     """Tokens that enter the blocks: of `final`, each different thing that was said; else the prompts' beginnings."""
-    monkeypatch.setattr(generation, "MAX_LEFT", 0)
-    prompts, n, read = [random_ids(7, seed) for seed in range(5)], 12, []
-    deltas = torch.stack([dose * V for dose in (0.1, 0.2, 0.3, 0.4)])
-    handle = models.blocks(llama)[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2].numel()))
-    arms = sample(llama, prompts, n, site=site, deltas=deltas)
-    handle.remove()
+    monkeypatch.setattr(generation, "MAX_IDLE", 0)
+    prompts, n = [random_ids(7, seed) for seed in range(5)], 12
+    steered = {"prompts": prompts, "new_tokens": n, "site": site}
+    steered["deltas"] = torch.stack([dose * V for dose in (0.1, 0.2, 0.3, 0.4)])
+    arms = sample(llama, **steered)
     texts = [
         (i, *([] if shared else [arm]), *answer[:t])
         for arm, answers in enumerate(arms) for i, answer in enumerate(answers)
         for t in range(min(len(answer), n - 1) + 1)
     ]  # fmt: skip
     distinct = set(texts)
-    assert sum(read) == 6 * len(prompts) + len(distinct)
+    assert tokens_read(llama, **steered) == 6 * len(prompts) + len(distinct)
     assert len(distinct) < 0.8 * len(texts) if shared else len(distinct) == len(texts)
+
+
+def tokens_read(model, **kwargs) -> int:
+    """How many tokens enter the blocks."""
+    read = []
+    handle = models.blocks(model)[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2].numel()))
+    sample(model, **kwargs)
+    handle.remove()
+    return sum(read)
+
+
+def test_where_answers_have_ended_nothing_is_read_for_long(monkeypatch):
+    model, kwargs = tiny("llama", vocab_size=5), {"prompts": [[3, 4, 1]] * 50, "new_tokens": 20}
+    continued = sum(min(len(answer), 19) for answer in sample(model, **kwargs)[0])
+    read = {}
+    for idle in (0, 0.25, 1):
+        monkeypatch.setattr(generation, "MAX_IDLE", idle)
+        read[idle] = tokens_read(model, **kwargs) - 50 * 3
+    assert read[0] == continued < read[0.25] <= continued / 0.75 < read[1]
+
+
+@pytest.mark.parametrize("span", generation.SPANS)
+@pytest.mark.parametrize("site", [None, "resid[1]", "final"])
+def test_the_unembedding_reads_one_state_an_answer(llama, site, span):
+    """Not those of whole prompts, which of a large vocabulary would not fit into memory."""
+    shapes = []
+    handle = models.unembedding(llama).register_forward_hook(lambda *given: shapes.append(given[2].shape))
+    sample(llama, site=site, deltas=None if site is None else torch.stack([V, -V]), span=span)
+    handle.remove()
+    arms = 1 if site is None else 2
+    assert shapes[0] == (arms * len(PROMPTS), 1, models.unembedding(llama).out_features)
+    assert all(tokens == 1 for _, tokens, _ in shapes)
+
+
+@pytest.mark.parametrize("site", [None, "resid[1]"])
+def test_a_model_whose_positions_change_scale_on_the_way_is_read_anew(site):
+    """Phi-3's long-context variants: what has been read under the short factors does not go with the long ones."""
+    half = [1.0] * (WIDTH // 8), [4.0] * (WIDTH // 8)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12}
+    config = Phi3Config(
+        vocab_size=61, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, original_max_position_embeddings=12, pad_token_id=0,
+        eos_token_id=END, rope_parameters=rope | {"short_factor": half[0], "long_factor": half[1]},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = [random_ids(8, 1)]
+    whole = sample(model, ids, 12, seed=None, site=site, deltas=None if site is None else V[None])[0][0]
+    with steering.added(model, site, V, start=7) if site else nullcontext():
+        out = model.generate(
+            torch.tensor(ids), attention_mask=torch.ones(1, 8, dtype=int), max_new_tokens=12, do_sample=False
+        )
+    assert whole == out[0, 8:].tolist() and len(whole) > 12 - 8
+
+
+def test_a_model_that_keeps_nothing_of_what_it_has_read_is_refused():
+    model = copy.deepcopy(tiny("llama")).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM keeps no keys and values.*or the model is being trained"):
+        sample(model)
+
+
+def test_noise_is_added_in_float32():
+    logits = torch.zeros(1, 5000, dtype=torch.bfloat16)
+    noisy = generation.GumbelNoise([0], 3).added(logits, torch.tensor([0]))
+    assert noisy.dtype == torch.float32 and len(noisy.unique()) > 4900
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -230,12 +297,12 @@ def test_on_the_prompt_a_site_steers_what_is_read_and_not_what_is_said(model):
         assert answer == (said[:-1] if said[-1] == END else said)
 
 
-@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("idle", [0, 1])
 @pytest.mark.parametrize("span", generation.SPANS)
-def test_a_span_does_not_depend_on_when_ended_rows_leave(llama, monkeypatch, span, left):
+def test_a_span_does_not_depend_on_when_ended_rows_leave(llama, monkeypatch, span, idle):
     kwargs = {"site": "resid[1]", "deltas": torch.stack([0 * V, V, -V]), "new_tokens": 12, "span": span}
     whole = sample(llama, **kwargs)
-    monkeypatch.setattr(generation, "MAX_LEFT", left)
+    monkeypatch.setattr(generation, "MAX_IDLE", idle)
     assert sample(llama, **kwargs) == whole
 
 
