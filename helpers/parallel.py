@@ -4,13 +4,14 @@ For models this small, two processes of one thread do nearly twice the work of o
 computes it leaves in the artefact cache; one thread each, so that its bytes do not depend on how many there are.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import get_reusable_executor, process_executor
 from torch import nn
 from tqdm import tqdm
 
@@ -47,6 +48,8 @@ def each(function: Callable, items: Sequence, name: str) -> None:
 
 def _alone(function: Callable, item) -> None:
     torch.set_num_threads(1)
+    # loky takes memory that malloc keeps (Makefile) for a leak, and would start another worker for the items left
+    process_executor._MAX_MEMORY_LEAK_SIZE = math.inf
     shown = tqdm.__init__
     # the bars of several processes overwrite each other
     tqdm.__init__ = lambda self, *args, **kwargs: shown(self, *args, **(kwargs | {"disable": True}))

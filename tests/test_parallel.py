@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -27,6 +28,24 @@ def test_every_item_is_computed_once_with_one_thread_away_from_here(tmp_path):
     assert [worker["threads"] for worker in found] == [1, 1, 1]
     assert os.getpid() not in {worker["process"] for worker in found} or os.cpu_count() == 1
     assert (torch.get_num_threads(), vars(tqdm)["__init__"]) == before
+
+
+def keep_memory(path):
+    """Long enough for loky to look at what the worker holds."""
+    note(path)
+    kept.append(b"x" * 320_000_000)
+    time.sleep(1.1)
+
+
+kept: list[bytes] = []
+
+
+def test_a_worker_that_keeps_memory_is_kept(tmp_path, recwarn):
+    """As malloc does that the Makefile tells to: a new worker has to import everything again."""
+    paths = [tmp_path / str(i) for i in range(6)]
+    parallel.each(keep_memory, paths, "six")
+    assert len({json.loads(path.read_text())["process"] for path in paths}) <= 2
+    assert not [warning for warning in recwarn if "worker" in str(warning.message)]
 
 
 def test_what_a_worker_raises_is_raised_here(tmp_path):
