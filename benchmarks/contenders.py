@@ -118,10 +118,11 @@ def nnsight_stopped(s: Subject) -> Call:
 def generate(s: Subject, deltas: Tensor | None, n_prompts: int) -> Call:
     """Greedy answers to the first prompts: (arms, n_prompts, NEW_TOKENS) ids; deltas: (arms, d), None for no hook."""
     tokens = tokenizer()
+    site = None if deltas is None else SITE
 
     def call() -> Tensor:
         answers = generation.sample(
-            s.model, tokens, s.prompts[:n_prompts], NEW_TOKENS, seed=None, site=SITE, deltas=deltas
+            s.model, tokens, s.prompts[:n_prompts], NEW_TOKENS, seed=None, site=site, deltas=deltas
         )
         return torch.tensor(answers)
 
@@ -129,7 +130,7 @@ def generate(s: Subject, deltas: Tensor | None, n_prompts: int) -> Call:
 
 
 def sweep_in_runs(s: Subject, deltas: Tensor) -> Call:
-    """The sweep as a loop, one `generate` a dose."""
+    """The sweep as a loop, a batch a dose."""
     runs = [generate(s, delta[None], SWEEP_PROMPTS) for delta in deltas]
     return lambda: torch.cat([run() for run in runs])
 

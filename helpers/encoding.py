@@ -6,7 +6,9 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from helpers.activations import Tokens
-from helpers.sources import Message, Prompt
+
+Message = tuple[str, str]  # role ("user", "assistant" or "system") and content
+Prompt = str | tuple[Message, ...]  # plain text, or a conversation that ends with the user's turn
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers import atlas, encoding, generation, judges, metrics, models, profiles, sources
 from helpers.activations import Tokens
+from helpers.encoding import Message, Prompt
 from helpers.profiles import Profile
-from helpers.sources import Message, Prompt, Row
+from helpers.sources import Row
 
 SPLITS = atlas.SPLITS
 

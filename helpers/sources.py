@@ -24,12 +24,10 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
+from helpers.encoding import Message, Prompt
 from helpers.profiles import HUB_ID, SUFFIXES, is_file, refuse_folder
 
 datasets.disable_progress_bars()  # they would stay in the notebooks
-
-Message = tuple[str, str]  # role ("user", "assistant" or "system") and content
-Prompt = str | tuple[Message, ...]  # plain text, or a conversation that ends with the user's turn
 
 KINDS = f"{', '.join(SUFFIXES)} (.gz too)"
 ACCEPTED = (
