@@ -191,8 +191,7 @@ class Explorer:
             ids = [answers[0] for answers in generation.sample(
                 model, tokenizer, [prompt], size, setting.seed, setting.site, deltas
             )]  # fmt: skip
-            end = next(iter(self.study.ends), None)
-            ended = [Tokens(prompt, encoding.ended(answer, end, size)) for answer in ids]
+            ended = next(self.study.ended([prompt] * len(ids), ids))
             plain, plain_state = _read(model, ended)
             with steering.added(model, setting.site, delta, start=len(prompt) - 1):
                 steered, steered_state = _read(model, ended)

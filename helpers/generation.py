@@ -9,7 +9,7 @@ What arms have in common is computed once. Steering at `final` moves what the un
 later token attends to, so arms there share all states until they say different things.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ SPANS = ("response", "prompt", "all")
 class GumbelNoise:
     """Gumbel noise for the logits of some prompts' answers: with it, the greedy choice is a sample at temperature 1."""
 
-    def __init__(self, prompts: Sequence[int], seed: int):
+    def __init__(self, prompts: Iterable[int], seed: int):
         self.generators = {i: torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts}
 
     def added(self, logits: Tensor, prompts: Tensor) -> Tensor:
@@ -156,7 +156,6 @@ class _Branches:
         self.model = model
         self.ids = ids
         self.attended = attended
-        self.done = 0  # how many of the tokens have been read
         self.cache: Cache | None = None
         # transformers' `generate` asks in the same way; Bloom's, for one, knows positions by its mask
         self.takes_positions = "position_ids" in signature(models.causal_lm(model).forward).parameters
@@ -172,12 +171,13 @@ class _Branches:
     def read(self) -> Tensor:
         """Read what is unread: the logits after it, (branches, vocabulary), in `_read_by_row` (rows, vocabulary)."""
         lm = models.causal_lm(self.model)
+        unread = self.length if self.cache is None else 1
         inputs = lm.prepare_inputs_for_generation(  # Phi-3's reads all anew where its scale of positions changes
-            self.ids, next_sequence_length=self.length - self.done, past_key_values=self.cache,
-            attention_mask=self.attended, use_cache=True, **self._positions(self.attended),
+            self.ids, next_sequence_length=unread, past_key_values=self.cache, attention_mask=self.attended,
+            use_cache=True, **self._positions(self.attended),
         )  # fmt: skip
         out = lm(**inputs)
-        self._keep(out, self.length)
+        self._keep(out)
         return out.logits[:, -1]
 
     def read_all_but_last(self) -> None:
@@ -185,16 +185,14 @@ class _Branches:
         if self.length == 1:
             return
         ids, attended = self.ids[:, :-1], self.attended[:, :-1]
-        read = models.decoder(self.model)
-        self._keep(
-            read(input_ids=ids, attention_mask=attended, use_cache=True, **self._positions(attended)), self.length - 1
-        )
+        decoder = models.decoder(self.model)
+        self._keep(decoder(input_ids=ids, attention_mask=attended, use_cache=True, **self._positions(attended)))
 
     def _positions(self, attended: Tensor) -> dict[str, Tensor]:
         return {"position_ids": (attended.cumsum(dim=1) - 1).clamp(min=0)} if self.takes_positions else {}
 
-    def _keep(self, out: ModelOutput, done: int) -> None:
-        self.cache, self.done = getattr(out, "past_key_values", None), done
+    def _keep(self, out: ModelOutput) -> None:
+        self.cache = getattr(out, "past_key_values", None)
         if self.cache is None:
             raise ValueError(
                 f"{type(models.causal_lm(self.model)).__name__} keeps no keys and values of what it has read, so it "

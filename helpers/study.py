@@ -435,7 +435,7 @@ class Study:
 
         upstream = [self.source, self._examples]
         code = [atlas, preferences, generation, activations, encoding, metrics]
-        code += [Study._health, Study._reward_margins, Study._judged, Study._ended, Study._sampled, fluency]
+        code += [Study._health, Study._reward_margins, Study._judged, Study.ended, Study._sampled, fluency]
         return Trial(
             recipe,
             adapter,
@@ -675,7 +675,7 @@ class Study:
             [generation, activations, steering, encoding, Study._sampled, Study.sweep, Study.prompted],
         )
         answers = sampled.read_json("ids.json")
-        code = [atlas, preferences, encoding, activations, metrics, Study._judged, Study._ended]
+        code = [atlas, preferences, encoding, activations, metrics, Study._judged, Study.ended]
         made = artifacts.fetch("answers", {"split": params["split"]}, write, [self._examples, sampled], code)
         return pd.DataFrame(made.read_json("answers.json"))
 
@@ -815,11 +815,11 @@ class Study:
         if "well_formed" not in table:
             prompts = [self.encoded(split)[0][i].prompt for i in table["prompt"]]
             with as_base as model:
-                losses = [metrics.token_losses(model, ended) for ended in self._ended(prompts, table["ids"])]
+                losses = [metrics.token_losses(model, ended) for ended in self.ended(prompts, table["ids"])]
             table["token_loss"] = np.fmin.reduce(losses)
         return table
 
-    def _ended(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Iterator[list[Tokens]]:
+    def ended(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Iterator[list[Tokens]]:
         """Sampled answers to prompts, each with its end unless it was cut before it came to one: for each of the tokens
         that end an answer in turn, since a sample does not keep its own."""
         most = self.profile.sizes.new_tokens
@@ -853,12 +853,12 @@ class Study:
         def compute() -> dict[str, np.ndarray]:
             goal = "dpo" if role == "base" else "base"
             prompts = [tokens.prompt for tokens in self.encoded("heldout")[0]]
-            answered = next(self._ended(prompts, self.answers(goal, "heldout")["ids"]))  # which end, no KL depends on
+            answered = next(self.ended(prompts, self.answers(goal, "heldout")["ids"]))  # which end, no KL depends on
             parts = [self._kl(goal, role, some, deltas) for some in self._in_memory(answered)]
             return {"kl": np.concatenate(parts, axis=1)}
 
         code = [activations, steering, generation, encoding, metrics]
-        code += [Study.divergences, Study._by_arm, Study._kl, Study._ended, Study._sampled]
+        code += [Study.divergences, Study._by_arm, Study._kl, Study.ended, Study._sampled]
         upstream = [self._examples, self.chosen.adapter]
         return self._by_arm("divergences", role, deltas, compute, upstream, code)
 

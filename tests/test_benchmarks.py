@@ -1,10 +1,12 @@
 """What `make bench` measures runs in an environment of its own, without most of what the project installs."""
 
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import MagicMock
 
 ROOT = Path(__file__).parents[1]
 IMPORTED_AS = {"scikit-learn": "sklearn", "rouge-score": "rouge_score"}
@@ -26,3 +28,18 @@ def test_what_is_measured_imports_no_more_than_its_requirements():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_our_own_contenders_do_what_is_timed(monkeypatch):
+    """The other libraries are not installed here, so only what is ours runs."""
+    for other in ("nnsight", "repeng", "repeng.extract"):
+        monkeypatch.setitem(sys.modules, other, MagicMock())
+    contenders, subject = (importlib.import_module(f"benchmarks.{name}") for name in ("contenders", "subject"))
+    monkeypatch.delitem(sys.modules, "benchmarks.contenders")
+    monkeypatch.setattr(contenders, "NEW_TOKENS", 3)
+    s = subject.subject()
+    deltas = contenders.doses(s)[-2:]
+    assert contenders.generate(s, None, 2)().shape == (1, 2, 3)
+    assert contenders.generate(s, deltas, 2)().tolist() == contenders.sweep_in_runs(s, deltas)()[:, :2].tolist()
+    states, logits = contenders.ours(s)(), contenders.plain(s)()
+    assert (s.model.lm_head(states[:, -1]) - logits).abs().max() < 1e-3

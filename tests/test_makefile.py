@@ -19,7 +19,7 @@ PROJECT = artifacts.PROJECT
 COMMITTED = sorted(path.stem for path in (PROJECT / "notebooks").glob("[0-9]*.ipynb"))
 NOT_SHOWN = {  # in any notebook
     "profile", "task", "source", "tokenizer", "sites", "playing", "answers", "steered", "compare", "has", "trains",
-    "ready", "adapter", "train", "train_by_parts", "pairs", "ends",
+    "ready", "adapter", "train", "train_by_parts", "pairs", "ends", "ended",
 }  # fmt: skip
 
 # Stands in for the environment's python: notes which notebook it was asked to run, and writes it unless it is `broken`.
