@@ -16,11 +16,17 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 NAME := $(patsubst %.toml,%,$(notdir $(PROFILE)))
 BUILD := build/$(NAME)
-HELPERS := $(filter-out helpers/headless.py helpers/launch.py helpers/readme.py,$(wildcard helpers/*.py))
-SCALING := 10_scaling
-NOTEBOOKS := $(filter-out $(SCALING),$(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb)))))
+# What every notebook is run by: code, profiles and predictions.
+HOUSE := $(shell find helpers -name '*.py') $(wildcard profiles/*.toml) predictions.toml
+ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
+SCALING := $(filter %_scaling,$(ALL))
+NOTEBOOKS := $(filter-out $(SCALING),$(ALL))
 EXECUTED := $(NOTEBOOKS:%=$(BUILD)/%.ipynb)
-RUN := $(BIN)/python -m helpers.headless
+RUN := $(BIN)/python -m tools.headless
+# What passes between notebooks is the ledger alone: some enter claims into it, some read what others entered.
+calling = $(basename $(notdir $(shell grep -lE '$(1)' notebooks/[0-9]*.ipynb)))
+RECORDING := $(call calling,claims[.]record)
+READING := $(call calling,claims[.]load|claims[.]add_controls)
 # What else decides figures: the judges of open text (never a key).
 JUDGES = $(JUDGE_BASE_URL) $(JUDGE_MODEL) $(TOXICITY_MODEL) $(TRUTHFULQA)
 CHOICE = --profile "$(PROFILE)" --model "$(MODEL)" --dpo-model "$(DPO_MODEL)" --data "$(DATA)"
@@ -40,12 +46,19 @@ help: ## list the targets
 figures: $(EXECUTED) ## run the notebooks and draw every figure into figures/<profile>/
 	@echo "Every figure is in figures/$(NAME)/, every executed notebook in $(BUILD)/."
 
+# On a profile of its own, small enough that every notebook runs, those that read the ledger last and one by one.
 .PHONY: test
+test: export OMP_NUM_THREADS := 1
+test: export DSTEER_ARTIFACTS := $(CURDIR)/build/test/artifacts
+test: export DSTEER_FIGURES := $(CURDIR)/build/test/figures
 test: $(VENV)/installed ## run the unit tests, and every notebook through nbmake
-	DSTEER_FIGURES=$(CURDIR)/build/test/figures $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 --ignore=tests/browser tests $(NOTEBOOKS:%=notebooks/%.ipynb)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/browser tests
+	rm -rf build/test && $(RUN) --prepare build/test/notebooks --profile test $(ALL)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n 2 --dist loadfile $(patsubst %,build/test/notebooks/%.ipynb,$(filter-out $(READING),$(ALL)))
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 $(READING:%=build/test/notebooks/%.ipynb)
 
 .PHONY: test-browser
-test-browser: chromium $(VENV)/browser ## run notebooks 03 and 09 in a JupyterLab of their own, in headless Chromium, and move their sliders
+test-browser: chromium $(VENV)/browser ## run notebooks with sliders in a JupyterLab of their own, in headless Chromium, and move them
 	$(BIN)/python -m pytest tests/browser
 
 .PHONY: chromium
@@ -55,7 +68,7 @@ chromium: ## look for a Chromium for test-browser, and install Debian's where th
 	echo "There is no Chromium here, and apt-get cannot install it."; exit 1
 
 .PHONY: scaling
-scaling: $(BUILD)/$(SCALING).ipynb ## train organisms of six sizes and repeat notebook 07's comparison on them
+scaling: $(SCALING:%=$(BUILD)/%.ipynb) ## train organisms of six sizes and compare preferences on them
 
 .PHONY: lab
 lab: $(VENV)/installed ## open JupyterLab in the project's environment
@@ -66,18 +79,20 @@ bench: $(VENV)/installed ## measure extraction, steering and dose sweeps as rati
 	$(BIN)/python -m benchmarks
 
 .PHONY: publish
-publish: figures ## copy the executed notebooks over notebooks/, and renew the README (for committing)
+publish: figures ## put the executed notebooks' outputs into notebooks/, and renew the README (for committing)
 	$(RUN) --publish $(NOTEBOOKS) $(if $(wildcard $(BUILD)/$(SCALING).ipynb),$(SCALING)) $(CHOICE)
-	$(BIN)/python -m helpers.readme
+	$(BIN)/python -m tools.readme
 
 .PHONY: readme
-readme: $(VENV)/installed ## write the README's figures and claims from figures/
-	$(BIN)/python -m helpers.readme
+readme: $(VENV)/installed ## write the README's scorecard and each profile's gallery from figures/
+	$(BIN)/python -m tools.readme
 
 .PHONY: lint
 lint: $(VENV)/installed ## check the code's style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --line-length 110 notebooks/*.ipynb
+	$(BIN)/ruff format --check --line-length 110 notebooks/*.ipynb
 
 .PHONY: clean
 clean: ## remove executed notebooks and logs; what was trained stays cached
@@ -100,8 +115,8 @@ $(VENV)/browser: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	touch $@
 
-# A notebook runs again when it, a helper that it imports, the profile's file MODEL=, DPO_MODEL= or DATA=, or a judge has changed.
-$(BUILD)/%.ipynb: notebooks/%.ipynb $(HELPERS) $(VENV)/installed $(BUILD)/choice $(wildcard $(filter %.toml,$(PROFILE)))
+# A notebook runs again when it, the code, a profile, MODEL=, DPO_MODEL= or DATA=, or a judge has changed.
+$(BUILD)/%.ipynb: notebooks/%.ipynb $(HOUSE) $(VENV)/installed $(BUILD)/choice $(wildcard $(filter %.toml,$(PROFILE)))
 	@$(RUN) $* $(CHOICE)
 
 $(BUILD)/choice: always
@@ -109,18 +124,7 @@ $(BUILD)/choice: always
 	@echo '$(CHOICE) $(JUDGES)' | cmp -s - $@ || echo '$(CHOICE) $(JUDGES)' > $@
 .PHONY: always
 
-# Which notebooks read what others show or enter into the ledger (tests/test_makefile.py compares this with the notebooks' code).
-$(BUILD)/01_derivation_check.ipynb: $(BUILD)/00_model_organism.ipynb
-$(BUILD)/02_dpo_lora.ipynb: $(BUILD)/00_model_organism.ipynb
-$(BUILD)/03_steering_vector.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb
-$(BUILD)/04_add_subtract.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
-$(BUILD)/05_spectral_signatures.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
-$(BUILD)/06_controls.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb \
-  $(BUILD)/03_steering_vector.ipynb $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb
-$(BUILD)/07_when_is_dpo_steering.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb
-$(BUILD)/09_explorer.ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
-  $(BUILD)/07_when_is_dpo_steering.ipynb
-$(BUILD)/08_scorecard.ipynb: $(BUILD)/01_derivation_check.ipynb $(BUILD)/02_dpo_lora.ipynb $(BUILD)/03_steering_vector.ipynb \
-  $(BUILD)/04_add_subtract.ipynb $(BUILD)/05_spectral_signatures.ipynb $(BUILD)/06_controls.ipynb \
-  $(BUILD)/07_when_is_dpo_steering.ipynb
-$(BUILD)/$(SCALING).ipynb: $(BUILD)/00_model_organism.ipynb $(BUILD)/02_dpo_lora.ipynb
+# A notebook that reads the ledger runs after those before it that enter claims.
+built = $(patsubst %,$(BUILD)/%.ipynb,$(filter $(NOTEBOOKS),$(1)))
+before = $(shell printf '%s\n' $(RECORDING) | awk '$$0 < "$(1)"')
+$(foreach reader,$(READING),$(eval $(call built,$(reader)): $(call built,$(call before,$(reader)))))

@@ -13,7 +13,7 @@ from repeng.extract import batched_get_hiddens
 from torch import Tensor
 
 from benchmarks.subject import LAYERS, Subject, tokenizer
-from helpers import activations, generation, models
+from helpers.lm import activations, architecture, batches, decoding
 
 BATCH = 16
 SITE = f"resid[{LAYERS // 2}]"
@@ -25,9 +25,9 @@ Call = Callable[[], Tensor]
 
 
 def ours(s: Subject) -> Call:
-    """helpers.activations at all L + 2 sites: (N, L + 2, d)."""
-    sites = models.sites(s.model)
-    sequences = [activations.Tokens(prompt) for prompt in s.prompts]
+    """helpers.lm.activations at all L + 2 sites: (N, L + 2, d)."""
+    sites = architecture.sites(s.model)
+    sequences = [batches.Tokens(prompt) for prompt in s.prompts]
 
     def call() -> Tensor:
         states = activations.hidden_states(s.model, sequences, sites)
@@ -46,7 +46,7 @@ def plain(s: Subject) -> Call:
     def call() -> Tensor:
         kept = []
         for batch in chunks(s.prompts):
-            inputs, attended = activations.right_padded(batch)
+            inputs, attended = batches.right_padded(batch)
             logits = s.model(input_ids=inputs, attention_mask=attended, use_cache=False).logits
             kept.append(logits[torch.arange(len(batch)), attended.sum(dim=1) - 1])
         return torch.cat(kept)
@@ -121,7 +121,7 @@ def generate(s: Subject, deltas: Tensor | None, n_prompts: int) -> Call:
     site = None if deltas is None else SITE
 
     def call() -> Tensor:
-        answers = generation.sample(
+        answers = decoding.sample(
             s.model, tokens, s.prompts[:n_prompts], NEW_TOKENS, seed=None, site=site, deltas=deltas
         )
         return torch.tensor(answers)
@@ -137,7 +137,7 @@ def sweep_in_runs(s: Subject, deltas: Tensor) -> Call:
 
 def doses(s: Subject) -> Tensor:
     """What the sweep adds at SITE: DOSES times a random direction as long as the states there are, (doses, d)."""
-    states = activations.hidden_states(s.model, [activations.Tokens(p) for p in s.prompts[:BATCH]], [SITE])
+    states = activations.hidden_states(s.model, [batches.Tokens(p) for p in s.prompts[:BATCH]], [SITE])
     length = states[SITE, "prompt_last"].norm(dim=1).mean()
     direction = torch.randn(states[SITE, "prompt_last"].shape[1], generator=torch.Generator().manual_seed(0))
     return torch.tensor(DOSES)[:, None] * direction / direction.norm() * length

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import contenders
 from benchmarks.subject import LAYERS, LENGTHS, N_PROMPTS, VOCABULARY, WIDTH, Subject, subject
-from helpers import models
+from helpers.lm import architecture
 
 REPETITIONS = 7
 SWEEP_REPETITIONS = 5
@@ -105,10 +105,10 @@ def measure_generation(s: Subject) -> tuple[Times, Times, float]:
 
 def check_states(s: Subject, states: dict[str, Tensor]) -> dict[str, float]:
     """The largest difference of each contender's states (the plain pass: logits) from ours."""
-    final = len(models.sites(s.model)) - 1
+    final = len(architecture.sites(s.model)) - 1
     ours = states["ours"]  # (N, L + 2, d)
     expected = {
-        "plain": models.unembedding(s.model)(ours[:, final]),
+        "plain": architecture.unembedding(s.model)(ours[:, final]),
         "repeng": ours[:, [*range(1, LAYERS), final]],
         "nnsight": ours,
         "nnsight_stopped": ours,

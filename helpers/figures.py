@@ -1,5 +1,6 @@
 """One style for all figures, and saving them with the numbers they draw, byte-stable."""
 
+import ast
 import json
 import math
 from collections.abc import Sequence
@@ -7,12 +8,15 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-from helpers import artifacts
+from helpers import places
 from helpers.profiles import Profile
 
 # One colour a thing in every figure (Okabe and Ito's palette: safe for colour-blind readers, distinct in greyscale).
@@ -32,6 +36,7 @@ LABELS = {
     "token": r"$\lambda v_{\rm token}$",
     "random": "random, equal norm",
 }
+NOTEBOOKS = places.PROJECT / "notebooks"
 FONT = "DejaVu Sans"
 WIDTH = 7.0  # inches; every figure is this wide
 
@@ -54,32 +59,112 @@ def use_style() -> None:
 
 
 def save_figure(
-    figure: Figure, profile: Profile, name: str, caption: str, claims: Sequence[str], numbers: dict, notebook: str
+    figure: Figure, profile: Profile, name: str, caption: str, claims: Sequence[str], numbers: dict
 ) -> None:
     """Write `<name>.png` and `<name>.json` (caption, claim ids, notebook, the numbers drawn) into the profile's folder.
 
-    numbers: what the figure draws, by curve or panel; arrays become lists. The bytes depend on nothing else.
+    numbers: what the figure draws, by curve or panel; arrays become lists. The bytes depend on nothing else. Raises
+    ValueError where `notebook_of` does.
     """
-    target = folder(profile)
-    target.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target / f"{name}.png", metadata={"Software": None})
     about = {
         "caption": " ".join(caption.split()),
         "claims": list(claims),
-        "notebook": notebook,
+        "notebook": notebook_of(name),
         "numbers": _plain(numbers),
     }
+    target = folder(profile)
+    target.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target / f"{name}.png", metadata={"Software": None})
     (target / f"{name}.json").write_text(json.dumps(about, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def notebook_of(name: str) -> str:
+    """The notebook whose code saves the figure of this name, written out in the call of `save_figure`.
+
+    Raises ValueError where none of notebooks/ does, or several do.
+    """
+    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    found = [path.stem for path in paths if name in _saved_by(path, path.stat().st_mtime_ns)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{', '.join(found) or 'No notebook'} of {NOTEBOOKS.name}/ saves a figure called {name!r}: one notebook "
+            "must, and name it in its call of save_figure."
+        )
+    return found[0]
+
+
+@cache
+def _saved_by(notebook: Path, _changed: int) -> frozenset[str]:
+    """The words in a notebook's calls of `save_figure`, the figure's name among them."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    nodes = [node for cell in cells if cell.cell_type == "code" for node in ast.walk(ast.parse(cell.source))]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("save_figure")]
+    return frozenset(word.value for call in calls for word in call.args if isinstance(word, ast.Constant))
 
 
 def folder(profile: Profile) -> Path:
     """Where a profile's figures go: `figures/<profile>/` in the project, or below the folder DSTEER_FIGURES names."""
-    return artifacts.folder_from("DSTEER_FIGURES", "figures") / profile.name
+    return places.folder_from("DSTEER_FIGURES", "figures") / profile.name
 
 
-def band(axes, x, low, high, role: str) -> None:
+# --- Estimates, drawn: each is (value, low, high, ...); several are a list, or a table with a column for each. A colour
+# is one of COLOURS or matplotlib's. `look` goes to matplotlib. ---
+
+
+def rows(axes: Axes, estimates, y, colour, bars: bool = True, **look) -> None:
+    """Points with horizontal intervals at heights y, or without intervals."""
+    value, arms = _value_and_arms(estimates)
+    look = {"fmt": "o", "color": COLOURS.get(colour, colour)} | look
+    axes.errorbar(value, np.broadcast_to(y, value.shape), xerr=arms if bars else None, **look)
+
+
+def points(axes: Axes, x, estimates, colour, **look) -> None:
+    """Points with vertical intervals at places x."""
+    value, arms = _value_and_arms(estimates)
+    axes.errorbar(x, value, yerr=arms, **{"fmt": "o", "color": COLOURS.get(colour, colour)} | look)
+
+
+def curve(axes: Axes, x, estimates, role: str, **look) -> None:
+    """A line with its intervals as a band."""
+    value, low, high = _columns(estimates)
+    axes.plot(x, value, color=COLOURS[role], **look)
+    band(axes, x, low, high, role)
+
+
+def band(axes: Axes, x, low, high, role: str) -> None:
     """Shade an interval in a role's colour."""
     axes.fill_between(x, low, high, color=COLOURS[role], alpha=0.18, linewidth=0)
+
+
+def nothing_and_all(axes: Axes, lw: float = 0.8) -> None:
+    """Mark the shares 0, nothing, and 1, all of the way to the DPO model."""
+    axes.axvline(0, color="black", lw=lw)
+    axes.axvline(1, color=COLOURS["dpo"], lw=lw, ls="--")
+
+
+def legend_above(figure: Figure, axes: Axes, ncols: int, **look) -> None:
+    """One legend for a figure, of what one of its panels shows."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=ncols, **look)
+
+
+def blank(panels: np.ndarray, used: int) -> None:
+    """Hide the panels after the first `used`."""
+    for axes in panels.flat[used:]:
+        axes.axis("off")
+
+
+def _columns(estimates) -> np.ndarray:
+    """Values, low and high ends, (3, N)."""
+    if isinstance(estimates, pd.DataFrame):
+        return estimates.to_numpy(dtype=float)[:, :3].T
+    several = [estimates] if np.isscalar(estimates[0]) else estimates
+    return np.array([tuple(one)[:3] for one in several], dtype=float).reshape(-1, 3).T
+
+
+def _value_and_arms(estimates) -> tuple[np.ndarray, np.ndarray]:
+    """Values, (N,), and how far each interval reaches below and above, (2, N), not less than 0 by rounding."""
+    value, low, high = _columns(estimates)
+    return value, np.maximum([value - low, high - value], 0)
 
 
 def token_label(token: str) -> str:

@@ -4,6 +4,7 @@ Symbols: h, the vector that the unembedding reads, (d,); W, the unembedding, (vo
 DPO temperature; m, the beta-scaled and reference-corrected margin; sigma, the logistic function. Logits are W h.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -114,3 +115,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, in float64."""
     found, expected = found.double(), expected.double()
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def token_vectors(W: Tensor, chosen: Sequence[list[int]], rejected: Sequence[list[int]]) -> Tensor:
+    """v(i) = e_w - e_l, (N, d), of pairs of completions, w and l the tokens where they first differ (section 2.2)."""
+    at = [first_difference(*pair) for pair in zip(chosen, rejected, strict=True)]
+    return torch.stack([W[one[t]] - W[other[t]] for one, other, t in zip(chosen, rejected, at)])

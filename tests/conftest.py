@@ -1,15 +1,20 @@
-"""Tiny random models of every architecture, and a way to read their states that shares no code with helpers."""
+"""Tiny random models of every architecture, a tiny trained study, and a way to read states that shares no code with
+helpers."""
 
 import copy
+import gc
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from filelock import FileLock
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import atlas, pretraining
+from helpers.world import atlas, pretraining
 
 torch.set_num_threads(1)
 
@@ -39,11 +44,11 @@ ARCHITECTURES = {  # model type: (its sizes, where it keeps its blocks)
 
 
 @cache
-def tiny(architecture: str, **changes):
+def tiny(model_type: str, **changes):
     """A tiny model with random weights, for evaluation. Shared between tests: copy it before changing it."""
-    sizes = {**ARCHITECTURES[architecture][0], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {**ARCHITECTURES[model_type][0], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **{"vocab_size": VOCABULARY, **sizes, **changes})
+    config = AutoConfig.for_model(model_type, **{"vocab_size": VOCABULARY, **sizes, **changes})
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # the default is so small that every model is nearly the same
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
@@ -51,13 +56,13 @@ def tiny(architecture: str, **changes):
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def architecture(request) -> str:
+def model_type(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def model(architecture):
-    return tiny(architecture)
+def model(model_type):
+    return tiny(model_type)
 
 
 @pytest.fixture
@@ -71,6 +76,24 @@ def tokenizer():
     return pretraining.build_tokenizer([f"{question.text} {text}" for question, text in pairs], 320)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """`shared(name, make)`: a folder that `make(folder)` fills once, whichever of pytest's processes asks first."""
+    base = tmp_path_factory.getbasetemp()
+    parent = base.parent if base.name.startswith("popen-") else base  # pytest-xdist's workers have a folder each
+
+    def made_once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = parent / name, parent / f"{name}.done"
+        with FileLock(parent / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made_once
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """An artefact cache of a test module's own: `pytestmark = pytest.mark.usefixtures("cache")`."""
@@ -78,6 +101,45 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSTEER_ARTIFACTS", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module")
+def trained(shared):
+    """The tiny study of studied.py, its base and its partner trained. A module's tests share its artefact cache with
+    those of other modules that use it."""
+    from studied import PROFILE
+
+    from helpers.study import Study  # not for the tests that need no study
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def train(folder: Path) -> None:
+            patch.setenv("DSTEER_ARTIFACTS", str(folder))
+            Study(PROFILE).measure()
+
+        patch.setenv("DSTEER_ARTIFACTS", str(shared("study", train)))
+        yield Study(PROFILE)
+
+
+@pytest.fixture
+def plain(trained):
+    """The base and the partner of the tiny study by transformers and PEFT alone, in float64."""
+    models = {role: AutoModelForCausalLM.from_pretrained(trained.source.path) for role in ("base", "dpo")}
+    models["dpo"] = PeftModel.from_pretrained(models["dpo"], trained.chosen.adapter.path).get_base_model()
+    return {role: model.double().eval() for role, model in models.items()}
+
+
+@pytest.fixture
+def deltas(trained) -> torch.Tensor:
+    """Dose 0 and dose 2 of v* at the final site."""
+    v = trained.direction()
+    return torch.stack([0 * v, 2 * v])
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: collecting garbage, which running out of memory does, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def with_adapter(model, seed: int = 0, target_modules="all-linear"):

@@ -23,9 +23,8 @@ def test_what_is_measured_imports_no_more_than_its_requirements():
     missing = project - there - {"accelerate", "huggingface_hub", "filelock"}
     assert {"datasets", "trl", "pandas"} <= missing
     hidden = sorted(IMPORTED_AS.get(name, name) for name in missing)
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({hidden})); from helpers import activations, generation, models"
-    )
+    ours = "from helpers.lm import activations, architecture, decoding"
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); {ours}"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -34,7 +33,10 @@ def test_our_own_contenders_do_what_is_timed(monkeypatch):
     """The other libraries are not installed here, so only what is ours runs."""
     for other in ("nnsight", "repeng", "repeng.extract"):
         monkeypatch.setitem(sys.modules, other, MagicMock())
-    contenders, subject = (importlib.import_module(f"benchmarks.{name}") for name in ("contenders", "subject"))
+    subject = importlib.import_module("benchmarks.subject")
+    for size, small in {"VOCABULARY": 97, "LAYERS": 2, "WIDTH": 64, "N_PROMPTS": 20}.items():
+        monkeypatch.setattr(subject, size, small)
+    contenders = importlib.import_module("benchmarks.contenders")
     monkeypatch.delitem(sys.modules, "benchmarks.contenders")
     monkeypatch.setattr(contenders, "NEW_TOKENS", 3)
     s = subject.subject()

@@ -2,29 +2,26 @@
 
 import json
 import math
-from dataclasses import replace
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from helpers import artifacts, claims, spectra
-from helpers.claims import CLAIMS, INFINITY, VERDICTS, Claim, verdict
-from helpers.metrics import Estimate
-from helpers.profiles import BUILT_IN
+from helpers import claims, figures, places, profiles, spectra
+from helpers.claims import CLAIMS, VERDICTS, verdict
+from helpers.estimates import Estimate
 
-ATLAS = BUILT_IN["atlas"]
-LEDGERS = sorted((artifacts.PROJECT / "figures").glob("*/claims.json"))
+ATLAS = profiles.load("atlas")
+LEDGERS = sorted((places.PROJECT / "figures").glob("*/claims.json"))
 ENTRIES = [(path.parent.name, name) for path in LEDGERS for name in json.loads(path.read_text())]
 
 
-def claim(region: tuple[float, float], no_effect: float | None) -> Claim:
-    return Claim("1", "A statement.", "a number", region, no_effect, "made up")
-
-
-HIGH = claim((0.8, 1.2), 0.0)  # predicted above no effect
-LOW = claim((0.0, 0.1), 1.0)  # predicted below it
-NEGATIVE = claim((-INFINITY, -1e-9), 0.0)
-SAME = claim((-0.05, 0.05), None)  # the claim is that nothing changes
+HIGH = (0.8, 1.2), 0.0  # a region predicted above no effect
+LOW = (0.0, 0.1), 1.0  # below it
+NEGATIVE = (-math.inf, -1e-9), 0.0
+SAME = (-0.05, 0.05), None  # the claim is that nothing changes
 
 
 @pytest.mark.parametrize(
@@ -64,7 +61,7 @@ SAME = claim((-0.05, 0.05), None)  # the claim is that nothing changes
     ],
 )
 def test_the_verdict_follows_from_the_interval(low, high, about, expected):
-    assert verdict(low, high, about.region, about.no_effect) == expected and expected in VERDICTS
+    assert verdict(low, high, *about) == expected and expected in VERDICTS
 
 
 NULLS = {"C6": 0.1, "C7": 0.0, "C8": 0.95, "C10": 0.015, "C11": 0.3}  # what random directions or displacements give
@@ -76,7 +73,8 @@ def test_every_claim_can_hold_and_can_fail(name):
     about = claims.ALL[name]
     low, high = about.region
     assert low < high and not (math.isinf(low) and math.isinf(high))
-    assert all((about.section, about.statement, about.metric, about.origin))
+    assert all((about.section, about.statement, about.metric, about.origin, about.plain))
+    assert (about.no_effect == claims.MEASURED) == (name in NULLS)
     no_effect = NULLS.get(name, about.no_effect)
     inside = [end for end in about.region if math.isfinite(end)]
     assert verdict(inside[0], inside[-1], about.region, no_effect) == "reproduced"
@@ -94,13 +92,13 @@ def test_every_claim_can_hold_and_can_fail(name):
 def test_a_random_matrix_does_not_reproduce_what_is_said_of_spectra(figures_folder, name):
     """Every matrix has sigma2 < sigma1 and a part in any span: only against a measured null can such claims fail."""
     null, drawn = (spectra.random_displacements(torch.ones(240), 128, seed) for seed in (0, 1))
-    of = {
+    measured = {
         "C8": lambda x: spectra.spectrum(x).ratio,
         "C10": lambda x: spectra.spectrum(x).mass(1)[0].item(),
         "C11": lambda x: spectra.example_mass(x, torch.eye(128, dtype=x.dtype)[:40]).sum(1).mean().item(),
     }[name]
-    entry = record(name, Estimate(of(drawn), of(drawn) - 0.02, of(drawn) + 0.02), null=of(null))
-    assert entry["verdict"] == "not reproduced" and entry["no_effect"] == pytest.approx(of(null), rel=1e-5)
+    entry = record(name, Estimate(*(measured(drawn) + x for x in (0, -0.02, 0.02))), null=measured(null))
+    assert entry["verdict"] == "not reproduced" and entry["no_effect"] == pytest.approx(measured(null), rel=1e-5)
 
 
 @pytest.mark.parametrize("name, null", [*((name, None) for name in NULLS), ("C5", 0.3)])
@@ -112,6 +110,8 @@ def test_a_null_is_given_where_the_claim_asks_for_one_and_nowhere_else(figures_f
 @pytest.fixture
 def figures_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DSTEER_FIGURES", str(tmp_path))
+    monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.setattr(figures, "notebook_of", {"fig3": "03_x"}.__getitem__)
     return tmp_path
 
 
@@ -119,11 +119,11 @@ MEASURED = Estimate(0.95, 0.9, 0.97)
 
 
 def record(claim_id="C5", estimate=MEASURED, profile=ATLAS, **changes):
-    return claims.record(profile, claim_id, estimate, **{"n": 7, "notebook": "03_x", "figure": "fig3", **changes})
+    return claims.record(profile, claim_id, estimate, **{"n": 7, "figure": "fig3", **changes})
 
 
 def test_what_is_recorded_is_what_was_measured(figures_folder):
-    entry = record(controls={"random": 1 / 3}, profile=replace(ATLAS, seed=5))
+    entry = record(controls={"random": 1 / 3}, profile=ATLAS.changed(seed=5))
     about = CLAIMS["C5"]
     assert (entry["value"], entry["ci_low"], entry["ci_high"], entry["n"]) == (0.95, 0.9, 0.97, 7)
     assert (entry["statement"], entry["prediction"]) == (about.statement, list(about.region))
@@ -135,7 +135,7 @@ def test_what_is_recorded_is_what_was_measured(figures_folder):
 
 def test_each_seed_s_value_is_kept_beside_the_seed_that_it_was_measured_with(figures_folder):
     """The verdict is on their mean and its interval; `profile.seed` is the first one's."""
-    entry = record(estimate=Estimate(0.9, 0.89, 0.95, (1.0, 0.8, 2.7 / 3)), profile=replace(ATLAS, seed=5))
+    entry = record(estimate=Estimate(0.9, 0.89, 0.95, (1.0, 0.8, 2.7 / 3)), profile=ATLAS.changed(seed=5))
     assert (entry["seeds"], entry["by_seed"]) == ([5, 6, 7], [1.0, 0.8, 0.9])
     assert entry["verdict"] == "reproduced" and claims.load(ATLAS)["C5"] == entry
 
@@ -171,7 +171,7 @@ def test_a_new_measurement_drops_the_controls_that_were_added_to_the_old_one(fig
 def test_controls_for_another_study_s_claim_and_those_not_finite_are_refused(figures_folder):
     record(controls={"random": 0.1})
     with pytest.raises(KeyError, match="another study"):
-        claims.add_controls(replace(ATLAS, seed=1), "C5", {"new": 1.0})
+        claims.add_controls(ATLAS.changed(seed=1), "C5", {"new": 1.0})
     with pytest.raises(ValueError, match="not finite"):
         claims.add_controls(ATLAS, "C5", {"new": math.nan})
     assert claims.load(ATLAS)["C5"]["controls"] == {"random": 0.1}
@@ -199,13 +199,28 @@ def test_claims_keep_the_papers_order_and_a_later_measurement_replaces_an_earlie
 def test_entries_of_another_study_in_the_same_folder_are_dropped(figures_folder):
     """MODEL= and DATA= keep the profile's name, and a claim that they cannot test must not keep its old verdict."""
     record("C12")
-    record("C5", profile=replace(ATLAS, data="atlas:belief"))
+    record("C5", profile=ATLAS.changed(data="atlas:belief"))
     assert list(claims.load(ATLAS)) == ["C5"]
+
+
+def test_two_notebooks_that_record_at_once_lose_nothing(figures_folder, monkeypatch):
+    """Each takes its time between reading the ledger and writing it."""
+
+    def slowly(profile, load=claims.load):
+        ledger = load(profile)
+        time.sleep(0.02)
+        return ledger
+
+    monkeypatch.setattr(claims, "load", slowly)
+    names = [("C3", "C4", "C5"), ("C1", "C9", "C12")]
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(lambda some: [record(name) for name in some], names))
+    assert set(claims.load(ATLAS)) == {*names[0], *names[1]}
 
 
 def test_each_profile_has_its_own_ledger(figures_folder):
     record()
-    assert claims.load(BUILT_IN["tinystories"]) == {}
+    assert claims.load(ATLAS.changed(name="another")) == {}
 
 
 @pytest.mark.parametrize(
@@ -219,12 +234,12 @@ def test_what_is_no_measurement_is_refused_and_not_written(figures_folder, estim
 
 
 def test_the_ledger_of_the_default_profile_is_committed():
-    assert (artifacts.PROJECT / "figures" / "atlas" / "claims.json").exists()
+    assert (places.PROJECT / "figures" / "atlas" / "claims.json").exists()
 
 
 @pytest.mark.parametrize("profile, name", ENTRIES)
 def test_a_committed_verdict_follows_from_the_numbers_beside_it(profile, name):
-    folder = artifacts.PROJECT / "figures" / profile
+    folder = places.PROJECT / "figures" / profile
     entry, about = json.loads((folder / "claims.json").read_text())[name], claims.ALL[name]
     assert entry["verdict"] == verdict(entry["ci_low"], entry["ci_high"], about.region, entry["no_effect"])
     assert name in NULLS or entry["no_effect"] == about.no_effect
@@ -235,4 +250,49 @@ def test_a_committed_verdict_follows_from_the_numbers_beside_it(profile, name):
     assert entry["prediction"] == [None if math.isinf(end) else end for end in about.region]
     assert (entry["id"], entry["statement"], entry["metric"]) == (name, about.statement, about.metric)
     assert (folder / f"{entry['figure']}.png").is_file() and (folder / f"{entry['figure']}.json").is_file()
-    assert (artifacts.PROJECT / "notebooks" / f"{entry['notebook']}.ipynb").is_file()
+    assert (places.PROJECT / "notebooks" / f"{entry['notebook']}.ipynb").is_file()
+
+
+# --- What is said of claims ---
+
+
+def test_a_text_is_filled_with_what_was_measured_and_empty_where_something_was_not(figures_folder):
+    record(controls={"random": 1 / 3, "tiny": 2e-5})
+    ledger = claims.load(ATLAS)
+    assert claims.filled("[C5 value], not [C5 random] or [C5 tiny]", ledger) == "0.95, not 0.33 or 2e-05"
+    assert claims.filled("[C5 value] and [C5 shuffled]", ledger) == claims.filled("[C4 value]", ledger) == ""
+    assert claims.filled("[0.1, 0.2] is no control", ledger) == "[0.1, 0.2] is no control"
+
+
+def test_every_caveat_and_control_of_a_claim_was_measured_on_the_default_profile():
+    ledger = json.loads((places.PROJECT / "figures" / "atlas" / "claims.json").read_text())
+    for name, about in claims.ALL.items():
+        assert not about.caveat or claims.filled(about.caveat, ledger), name
+        assert not about.control or about.control in ledger[name]["controls"], name
+        assert set(re.findall(r"\[([CE]\d+) ", about.caveat)) <= {name}
+
+
+# --- Numbered predictions ---
+
+
+@pytest.mark.parametrize("section, count", [("controls", 7), ("families", 5), ("sizes", 3)])
+def test_predictions_are_a_numbered_list_with_the_day_that_they_were_written(section, count):
+    lines = claims.predictions(section).splitlines()
+    numbered = [line for line in lines if re.match(r"\d+\. \S", line)]
+    assert [line.split(".")[0] for line in numbered] == [str(i + 1) for i in range(count)]
+    assert re.search(r"\(\d{4}-\d\d-\d\d\)$", lines[0])
+    changed = lines.index("**Changed since.**") if "**Changed since.**" in lines else len(lines)
+    assert len(lines[changed:]) - 2 == len(claims.PREDICTIONS[section].changes) or changed == len(lines)
+
+
+def test_a_prediction_is_scored_by_its_number_and_an_unknown_one_is_refused():
+    assert claims.scored("controls", 2, True, "As said.") == "2. **Held.** As said."
+    assert claims.scored("sizes", 3, False, "Not so.") == "3. **Failed.** Not so."
+    for number in (0, 4):
+        with pytest.raises(ValueError, match=rf"no prediction {number} on sizes: predictions.toml has 3"):
+            claims.scored("sizes", number, True, "")
+
+
+def test_nothing_is_changed_before_it_was_written_and_every_change_has_a_reason():
+    for about in [*claims.ALL.values(), *claims.PREDICTIONS.values()]:
+        assert all(change.date >= about.date and change.what and change.why for change in about.changes)

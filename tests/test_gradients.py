@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from conftest import WIDTH
 
-from helpers import gradients, models
+from helpers import gradients
 from helpers.gradients import Branch
+from helpers.lm import architecture
 
 SEEDS = range(5)
 V, D = 17, 9
@@ -108,8 +109,8 @@ def test_norm_jacobians_are_autograd_s(seed, eps):
     close(gradients.layer_norm_jacobian(x, gain, eps), layer)
 
 
-def test_a_model_s_own_norm_in_float64_and_its_jacobian(architecture, model):
-    norm = models.final_norm(model)
+def test_a_model_s_own_norm_in_float64_and_its_jacobian(model):
+    norm = architecture.final_norm(model)
     x = 3 * drawn(1, WIDTH) + 1
     found = gradients.apply_norm(norm, x)
     assert found.dtype == torch.float64
@@ -139,3 +140,9 @@ def test_equal_completions_have_no_first_difference(same):
 def test_relative_error():
     assert gradients.relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])) == 0
     assert gradients.relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+
+
+def test_token_vectors_are_the_embedding_differences_at_the_first_difference():
+    W = drawn(0, V, D)
+    found = gradients.token_vectors(W, [[1, 2, 3], [4], [5, 6]], [[1, 2, 7], [9, 2], [5, 8, 1]])
+    close(found, torch.stack([W[3] - W[7], W[4] - W[9], W[6] - W[8]]))

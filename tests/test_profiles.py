@@ -1,12 +1,31 @@
 """Every built-in profile is valid, a TOML file extends one, and what is wrong in it is named."""
 
-import dataclasses
+import pickle
 import re
 
 import pytest
+from pydantic import ValidationError
 
-from helpers import preferences, profiles
-from helpers.profiles import BUILT_IN, Profile, Recipe
+from helpers import profiles
+from helpers.data import catalogue, naming
+from helpers.data.sizes import Sizes
+from helpers.lm.recipe import LABELS, OBJECTIVES, Recipe
+from helpers.profiles import BUILT_IN, FOLDER, Profile
+from helpers.stages.health import Health
+from helpers.world.organism import Organism
+
+HASHES = {  # another hash is another study, which earlier figures do not show
+    "atlas": "ed550771b5720e37",
+    "gpt2": "bb26ca1e6a581a18",
+    "llama2-7b": "078c7c919056e363",
+    "pythia-160m": "003f1ee7f741771a",
+    "qwen2.5-0.5b": "2575894b167197b5",
+    "smoke": "62dd6bddc3758e7f",
+    "smollm2-135m": "8d02d82696bc0457",
+    "tinystories": "9af1e3d46e9cd10d",
+    "tulu3-8b": "0f8fafe3e8935b63",
+    "zephyr-7b": "42fa56e56a4a8f33",
+}
 
 
 @pytest.fixture
@@ -19,42 +38,108 @@ def toml(tmp_path):
     return write
 
 
+# --- Built-in profiles ---
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_built_in_profile_is_valid(name):
     profile = profiles.load(name)
-    assert profile is BUILT_IN[name] or profile == BUILT_IN[name]
     assert profile.name == name
     assert {0.0, 1.0} <= set(profile.doses) and list(profile.doses) == sorted(profile.doses)
     assert profile.recipes and 0 < profile.health.max_fact_loss < 1
-    assert preferences.task(profile).profile is profile
+    assert catalogue.is_known(profile.data)
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_a_built_in_profile_is_the_study_that_it_was(name):
+    assert profiles.load(name).hash == HASHES[name]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_built_in_profile_survives_a_round_trip_through_toml_s_types(name):
-    """What `_merge` accepts is what a Profile holds: each field given back as TOML would hold it changes nothing."""
-    table = dataclasses.asdict(BUILT_IN[name])
+def test_what_a_profile_holds_can_be_written_in_a_file(name):
+    """Each field given back as TOML would hold it, lists for tuples, changes nothing."""
+    table = profiles.load(name).model_dump()
     table["recipes"], table["doses"] = list(table["recipes"]), list(table["doses"])
-    assert profiles._merge(BUILT_IN["atlas"], table, "here") == BUILT_IN[name]
+    assert Profile(**table) == profiles.load(name)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_hub_model_and_data_set_of_a_built_in_profile_is_pinned_to_a_commit(name):
+    profile = profiles.load(name)
+    for source in (profile.model, profile.dpo_model, naming.source_of(profile.data) or ""):
+        assert "/" not in source or re.search(r"@[0-9a-f]{40}(:\w+)?$", source), source
 
 
 def test_the_default_profile_is_the_embedded_organism():
+    assert profiles.load("atlas") == Profile(name="atlas")
     assert profiles.load("atlas").model == profiles.EMBEDDED
 
 
 def test_smoke_is_the_default_profile_with_less_to_do():
-    smoke, atlas = BUILT_IN["smoke"], BUILT_IN["atlas"]
-    assert (
-        dataclasses.replace(smoke, name="atlas", recipes=atlas.recipes, sizes=atlas.sizes, doses=atlas.doses) == atlas
-    )
+    smoke, atlas = profiles.load("smoke"), profiles.load("atlas")
+    assert smoke.changed(name="atlas", recipes=atlas.recipes, sizes=atlas.sizes, doses=atlas.doses) == atlas
     assert len(smoke.recipes) == smoke.sizes.seeds == 1
-    assert smoke.sizes.heldout >= 5  # notebook 05 draws five singular values
+    assert smoke.sizes.heldout >= 5  # as many singular values are drawn
+
+
+@pytest.mark.parametrize("name", ["atals", "", "atlas.tml"])
+def test_an_unknown_profile_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=rf"Unknown profile '{name}': give one of atlas, .*tinystories.*\.toml file"):
+        profiles.load(name)
+
+
+# --- Settings ---
+
+
+@pytest.mark.parametrize("part", [Organism(), Recipe(), Health(), Sizes(), Profile(name="atlas")])
+def test_settings_cannot_be_changed_and_are_told_apart_by_what_they_hold(part):
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(part, next(iter(type(part).model_fields)), 1)
+    again = pickle.loads(pickle.dumps(part))
+    assert again == part == part.changed() and hash(again) == hash(part)
+
+
+def test_a_changed_copy_is_checked_as_the_first_was():
+    changed = Recipe().changed(beta=2, epochs=3)
+    assert (changed, type(changed.beta)) == (Recipe(beta=2.0, epochs=3), float) and changed != Recipe()
+    with pytest.raises(ValueError, match=r"^recipe\.epochs must be at least 1, got 0\.$"):
+        Recipe().changed(epochs=0)
+    with pytest.raises(ValueError, match=r"^profile\.name must be given, got \{'seed': 3\}\.$"):
+        Profile(seed=3)
+
+
+# --- What replaces a profile's sources ---
 
 
 def test_model_and_data_are_replaced_where_given():
     profile = profiles.load("atlas", model="some/model", data="atlas:belief")
     assert (profile.model, profile.data) == ("some/model", "atlas:belief")
-    assert dataclasses.replace(profile, model="atlas", data="atlas:tone") == BUILT_IN["atlas"]
-    assert profiles.load("atlas", model="", data=None) == BUILT_IN["atlas"]
+    assert profile.changed(model="atlas", data="atlas:tone") == profiles.load("atlas")
+    assert profiles.load("atlas", model="", data=None) == profiles.load("atlas")
+
+
+def test_a_model_of_one_s_own_does_not_inherit_a_partner_that_was_trained_from_another(toml):
+    tulu = 'extends = "tulu3-8b"\n'
+    assert profiles.load(toml(f'{tulu}model = "owner/base"')).dpo_model == ""
+    assert profiles.load(toml(f'{tulu}model = "owner/base"\ndpo_model = "owner/dpo"')).dpo_model == "owner/dpo"
+    assert profiles.load(toml(f"{tulu}seed = 3")).dpo_model == profiles.load("tulu3-8b").dpo_model != ""
+    assert profiles.load("tulu3-8b", model="owner/base").dpo_model == ""
+    given = profiles.load("tulu3-8b", model="owner/base", dpo_model="owner/dpo")
+    assert (given.model, given.dpo_model) == ("owner/base", "owner/dpo")
+
+
+def test_a_partner_needs_the_base_that_it_was_trained_from():
+    with pytest.raises(ValueError, match=r"the ready partner 'owner/dpo' needs the base .*: give MODEL= too"):
+        profiles.load("atlas", dpo_model="owner/dpo")
+
+
+@pytest.mark.parametrize("prefix", ["", "onpolicy:"])
+def test_a_folder_of_data_is_refused_as_a_folder(tmp_path, prefix):
+    with pytest.raises(ValueError, match=r"are a folder: give one file of it, \.jsonl, \.json, \.parquet"):
+        profiles.load("smoke", data=f"{prefix}{tmp_path}")
+
+
+# --- TOML files ---
 
 
 def test_a_toml_file_extends_a_built_in_profile(toml):
@@ -64,42 +149,85 @@ def test_a_toml_file_extends_a_built_in_profile(toml):
             "[[recipes]]\nbeta = 2\n[[recipes]]\nepochs = 9\n"
         )
     )
-    parent = BUILT_IN["tinystories"]
+    parent = profiles.load("tinystories")
     assert (profile.name, profile.seed, profile.doses) == ("mine", 3, (-0.5, 0.0, 1.0))
-    assert profile.sizes == dataclasses.replace(parent.sizes, heldin=7)
+    assert profile.sizes == parent.sizes.changed(heldin=7)
     assert profile.recipes == (Recipe(beta=2.0), Recipe(epochs=9))
     assert (profile.model, profile.health) == (parent.model, parent.health)
 
 
-def test_a_toml_file_extends_atlas_where_it_names_none_and_may_name_itself(toml):
-    assert profiles.load(toml('name = "own"')) == dataclasses.replace(BUILT_IN["atlas"], name="own")
+def test_a_toml_file_that_extends_none_has_the_defaults_and_may_name_itself(toml):
+    assert profiles.load(toml('name = "own"')) == Profile(name="own")
     assert profiles.load(toml(""), model="m").model == "m"
+
+
+def test_a_built_in_profile_s_file_is_that_profile():
+    assert profiles.load(str(FOLDER / "gpt2.toml")) == profiles.load("gpt2")
+
+
+def test_built_in_profiles_that_extend_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "FOLDER", tmp_path)
+    for one, other in (("atlas", "gpt2"), ("gpt2", "atlas")):
+        (tmp_path / f"{one}.toml").write_text(f'extends = "{other}"')
+    with pytest.raises(ValueError, match=r"gpt2\.toml: extends = 'atlas' is not a built-in profile"):
+        profiles.load("atlas")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("labels", LABELS)
+def test_a_control_s_recipe_can_be_written_in_toml(toml, objective, labels):
+    text = f'[[recipes]]\nobjective = "{objective}"\nlabels = "{labels}"\nseed = 2\nrank = 0\n[sizes]\nseeds = 5'
+    profile = profiles.load(toml(text))
+    assert profile.recipes == (Recipe(objective=objective, labels=labels, seed=2, rank=0),)
+    assert profile.sizes.seeds == 5
+
+
+def test_paths_in_a_toml_file_are_beside_it_and_hub_ids_are_left_alone(toml, tmp_path, monkeypatch):
+    for name in ("models/base", "partner"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pairs.jsonl").write_text("")
+    path = toml('extends = "gpt2"\nmodel = "models/base"\ndpo_model = "partner"\ndata = "onpolicy:pairs.jsonl"\n')
+    monkeypatch.chdir("/")
+    found = profiles.load(path)
+    assert (found.model, found.dpo_model) == (str(tmp_path / "models" / "base"), str(tmp_path / "partner"))
+    assert found.data == f"onpolicy:{tmp_path / 'pairs.jsonl'}"
+    assert profiles.load(toml('extends = "gpt2"\nmodel = "owner/base@main"\n')).model == "owner/base@main"
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
         ('extends = "atals"', "extends = 'atals' is not a built-in profile.*atlas"),
-        ("sede = 1", "unknown field 'sede'; there are name, model"),
+        ("extends = ['atlas']", r"extends = \['atlas'\] is not a built-in profile"),
+        ("seed = ", "is not valid TOML"),
+        ("sede = 1", "profile: unknown field 'sede'; there are name, model"),
+        ("self = 1", "profile: unknown field 'self'; there are name, model"),
         ("[sizes]\nheldinn = 1", "sizes: unknown field 'heldinn'; there are heldin"),
-        ("[[recipes]]\nbetta = 1.0", "recipes: unknown field 'betta'; there are beta"),
-        ('seed = "1"', "seed must be of type int, got '1'"),
-        ("seed = 1.5", "seed must be of type int, got 1.5"),
-        ("seed = true", "seed must be of type int, got True"),
-        ("model = 3", "model must be of type str, got 3"),
-        ('[health]\nmin_preferred = "a lot"', "health: min_preferred must be of type float, got 'a lot'"),
-        ("doses = 1.0", "doses must be a list, got 1.0"),
-        ('doses = [0.0, "1"]', "doses must be of type float, got '1'"),
-        ("sizes = 3", "sizes must be a table, got 3"),
-        ("recipes = [3]", "recipes must be a table, got 3"),
-        ("[recipes]\nbeta = 1.0", "recipes must be a list"),
+        ("[[recipes]]\nbetta = 1.0", "recipe: unknown field 'betta'; there are beta"),
+        ('seed = "1"', "profile.seed must be of type int, got '1'"),
+        ("seed = 1.5", "profile.seed must be of type int, got 1.5"),
+        ("seed = true", "profile.seed must be of type int, got True"),
+        ("seed = -1", "profile.seed must be at least 0, got -1"),
+        ("model = 3", "profile.model must be of type str, got 3"),
+        ('[health]\nmin_preferred = "a lot"', "health.min_preferred must be of type float, got 'a lot'"),
+        ("[health]\nmin_preferred = true", "health.min_preferred must be of type float, got True"),
+        ("sizes = 3", "profile.sizes must be a table, got 3"),
+        ("doses = 1.0", "profile.doses must be a list, got 1.0"),
+        ('doses = [0.0, "1"]', r"profile.doses\[1\] must be of type float, got '1'"),
         ("doses = [0.5, 1.0]", "doses must contain 0 and 1"),
         ("doses = [0.0, 2.0]", "doses must contain 0 and 1"),
-        ("recipes = []", "at least one DPO recipe"),
-        ("seed = ", "is not valid TOML"),
-        ('dtype = "float33"', "dtype must be one of float32"),
-        ("seed = -1", "profile.seed must be at least 0, got -1"),
-        ("extends = ['atlas']", r"extends = \['atlas'\] is not a built-in profile"),
+        ("recipes = [3]", r"profile.recipes\[0\] must be a table, got 3"),
+        ("[recipes]\nbeta = 1.0", "profile.recipes must be a list"),
+        ("recipes = []", r"profile.recipes must hold at least 1, got \[\]"),
+        ("[[recipes]]\nepochs = 0", "recipe.epochs must be at least 1, got 0"),
+        ("[[recipes]]\nrank = -1", "recipe.rank must be at least 0, got -1"),
+        ("[sizes]\nheldout = 0", "sizes.heldout must be at least 2, got 0"),
+        ("[sizes]\nnew_tokens = 0", "sizes.new_tokens must be at least 1, got 0"),
+        ("[organism]\nlayers = 0", "organism.layers must be at least 1, got 0"),
+        ('dtype = "float33"', "profile.dtype must be 'float32', 'bfloat16', 'float16' or 'float64', got 'float33'"),
+        ('device = "tpu"', "profile.device must be 'cpu', 'cuda', 'mps', 'auto' or 'spread', got 'tpu'"),
+        ('quantize = "8bit"', "profile.quantize must be '' or '4bit', got '8bit'"),
+        ('score = "mood"', "profile.score must be 'closer', 'sentiment', 'refusal', 'nontoxic' or 'geval', got 'mood'"),
         ('name = "../../elsewhere"', "name must be letters, digits, -, _ and \\."),
         ('name = "atlas"', "'atlas' is a built-in profile, whose figures it would replace: rename it"),
         ('data = "pairs.csv"', "unknown data 'pairs.csv'; there are atlas:tone, .*onpolicy:vader"),
@@ -107,53 +235,32 @@ def test_a_toml_file_extends_atlas_where_it_names_none_and_may_name_itself(toml)
         ('data = "atlas:tone+mood"', r"unknown data 'atlas:tone\+mood'"),
         ('data = "atlas:tone+tone"', r"unknown data 'atlas:tone\+tone'"),
         ('data = "onpolicy:vader+vader"', r"unknown data 'onpolicy:vader\+vader'"),
-        ("[sizes]\nheldout = 0", "sizes: sizes.heldout must be at least 2, got 0"),
-        ("[sizes]\nnew_tokens = 0", "sizes.new_tokens must be at least 1, got 0"),
-        ("[[recipes]]\nepochs = 0", "recipe.epochs must be at least 1, got 0"),
-        ("[[recipes]]\nrank = -1", "recipe.rank must be at least 0, got -1"),
-        ("[organism]\nlayers = 0", "organism.layers must be at least 1, got 0"),
+        ('data = ""', "unknown data ''"),
     ],
 )
 def test_what_is_wrong_in_a_toml_file_is_refused_by_name(toml, text, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=rf"mine\.toml.* ?{message}") as caught:
         profiles.load(toml(text))
-    assert "mine" in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("objective", "ppo", "A recipe's objective must be one of dpo, sft, got 'ppo'."),
-        ("objective", "", "A recipe's objective must be one of dpo, sft, got ''."),
-        ("labels", "swapped", "A recipe's labels must be one of true, shuffled, reversed, got 'swapped'."),
+        ("objective", "ppo", "recipe.objective must be 'dpo' or 'sft', got 'ppo'."),
+        ("objective", "", "recipe.objective must be 'dpo' or 'sft', got ''."),
+        ("labels", "swapped", "recipe.labels must be 'true', 'shuffled' or 'reversed', got 'swapped'."),
     ],
 )
 def test_a_recipe_s_words_are_checked_wherever_they_come_from(toml, field, value, message):
     for make in (
         lambda: Recipe(**{field: value}),
-        lambda: dataclasses.replace(Recipe(), **{field: value}),
+        lambda: Recipe().changed(**{field: value}),
         lambda: profiles.load(toml(f'[[recipes]]\n{field} = "{value}"')),
     ):
         with pytest.raises(ValueError) as caught:
             make()
         assert str(caught.value).endswith(message)
-
-
-def test_a_model_s_folder_is_found_beside_the_file_that_names_it(toml, tmp_path, monkeypatch):
-    (tmp_path / "models" / "own").mkdir(parents=True)
-    path = toml('model = "models/own"')
-    monkeypatch.chdir("/")
-    assert profiles.load(path).model == str((tmp_path / "models" / "own").resolve())
-    assert profiles.load(toml('model = "some/hub-id"')).model == "some/hub-id"
-
-
-@pytest.mark.parametrize("objective", profiles.OBJECTIVES)
-@pytest.mark.parametrize("labels", profiles.LABELS)
-def test_a_control_s_recipe_can_be_written_in_toml(toml, objective, labels):
-    text = f'[[recipes]]\nobjective = "{objective}"\nlabels = "{labels}"\nseed = 2\nrank = 0\n[sizes]\nseeds = 5'
-    profile = profiles.load(toml(text))
-    assert profile.recipes == (Recipe(objective=objective, labels=labels, seed=2, rank=0),)
-    assert profile.sizes.seeds == 5
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
@@ -165,68 +272,3 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"profile file nowhere\.toml does not exist"):
         profiles.load("nowhere.toml")
-
-
-@pytest.mark.parametrize("name", ["atals", "", "atlas.tml"])
-def test_an_unknown_profile_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=rf"Unknown profile '{name}': give one of atlas, tinystories.*\.toml file"):
-        profiles.load(name)
-
-
-def test_a_profile_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        profiles.load("atlas").seed = 1
-    assert isinstance(hash(profiles.load("atlas")), int)
-    assert Profile("atlas") == BUILT_IN["atlas"]
-
-
-def test_a_model_of_one_s_own_does_not_inherit_a_partner_that_was_trained_from_another(tmp_path):
-    path = tmp_path / "mine.toml"
-    path.write_text('extends = "tulu3-8b"\nmodel = "owner/base"\n')
-    assert profiles.load(str(path)).dpo_model == ""
-    path.write_text('extends = "tulu3-8b"\nmodel = "owner/base"\ndpo_model = "owner/dpo"\n')
-    assert profiles.load(str(path)).dpo_model == "owner/dpo"
-    path.write_text('extends = "tulu3-8b"\nseed = 3\n')
-    assert profiles.load(str(path)).dpo_model == profiles.load("tulu3-8b").dpo_model != ""
-    assert profiles.load("tulu3-8b", model="owner/base").dpo_model == ""
-    given = profiles.load("tulu3-8b", model="owner/base", dpo_model="owner/dpo")
-    assert (given.model, given.dpo_model) == ("owner/base", "owner/dpo")
-
-
-def test_every_hub_model_and_data_set_of_a_built_in_profile_is_pinned_to_a_commit():
-    for profile in profiles.BUILT_IN.values():
-        named = [profile.model, profile.dpo_model, profiles.source_of(profile.data) or ""]
-        for name in named:
-            assert "/" not in name or re.search(r"@[0-9a-f]{40}(:\w+)?$", name), name
-
-
-def test_paths_in_a_toml_file_are_beside_it_and_hub_ids_are_left_alone(tmp_path):
-    for name in ("base", "partner"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "pairs.jsonl").write_text("")
-    path = tmp_path / "mine.toml"
-    path.write_text('extends = "gpt2"\nmodel = "base"\ndpo_model = "partner"\ndata = "onpolicy:pairs.jsonl"\n')
-    found = profiles.load(str(path))
-    assert (found.model, found.dpo_model) == (str(tmp_path / "base"), str(tmp_path / "partner"))
-    assert found.data == f"onpolicy:{tmp_path / 'pairs.jsonl'}"
-    path.write_text('extends = "gpt2"\nmodel = "owner/base@main"\n')
-    assert profiles.load(str(path)).model == "owner/base@main"
-
-
-@pytest.mark.parametrize(
-    "field, value, says",
-    [
-        ("score", "mood", "score must be one of 'closer', 'sentiment', 'refusal', 'nontoxic', 'geval', got 'mood'"),
-        ("device", "tpu", "device must be one of 'cpu', 'cuda', 'mps', 'auto', 'spread', got 'tpu'"),
-        ("quantize", "8bit", "quantize must be one of '', '4bit', got '8bit'"),
-    ],
-)
-def test_what_a_profile_cannot_be_is_refused_with_what_it_can(field, value, says):
-    with pytest.raises(ValueError, match=re.escape(says)):
-        dataclasses.replace(profiles.load("gpt2"), **{field: value})
-
-
-@pytest.mark.parametrize("prefix", ["", "onpolicy:"])
-def test_a_folder_of_data_is_refused_as_a_folder(tmp_path, prefix):
-    with pytest.raises(ValueError, match=r"are a folder: give one file of it, \.jsonl, \.json, \.parquet"):
-        profiles.load("smoke", data=f"{prefix}{tmp_path}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers import artifacts, study
+from helpers import places, study
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOKEN = "loopback"
@@ -62,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
             made = study.load(profile)
             assert made.states("heldin") and made.states("heldout") and made.partner
     for name in NOTEBOOKS:
-        notebook = nbformat.read(artifacts.PROJECT / "notebooks" / f"{name}.ipynb", as_version=4)
+        notebook = nbformat.read(places.PROJECT / "notebooks" / f"{name}.ipynb", as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None

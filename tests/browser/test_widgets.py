@@ -2,11 +2,11 @@
 
 import pytest
 
-from helpers import artifacts
+from helpers import places
 
 PANEL, ANSWER, SLIDER = "[data-dose]", "[data-role=steered] .said", ".widget-slider .noUi-handle"
 ERRORS = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
-PICTURES = artifacts.PROJECT / "build" / "browser"
+PICTURES = places.PROJECT / "build" / "browser"
 
 
 def drawn(cell) -> list[str]:

@@ -1,0 +1,1 @@
+"""Prompts and preference pairs, where they come from, and who judges answers."""

@@ -1,0 +1,164 @@
+"""Rows from a file or the hub.
+
+JSON is read by Python's own reader: `datasets` reads dates in strings as dates and "1" as 1 where another row has a
+number. Parquet is read by pyarrow, as `datasets` reads it, but without a copy in a cache.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import datasets
+import pyarrow
+from pyarrow import parquet
+
+from helpers.data.naming import FORMATS, HUB_ID, is_file, refuse_folder
+
+datasets.disable_progress_bars()  # they would stay in the notebooks
+DEFAULT_SPLITS = ("train_prefs", "train")  # the pairs among UltraFeedback's splits, and what most call theirs
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+def content_id(source: str) -> str:
+    """What decides the rows of a source: the sha256 of a local file, or a hub id, with its commit unless it names one.
+
+    Raises FileNotFoundError or ValueError for data that cannot be had.
+    """
+    path = local_file(source)
+    if path is None:
+        is_pinned = _COMMIT.fullmatch(HUB_ID.fullmatch(source)["revision"] or "")
+        return source if is_pinned else f"{source} {_builder(source).hash}"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Files ---
+
+
+def local_file(source: str) -> Path | None:
+    """The file that a source names; None where it is a hub id. Raises FileNotFoundError or ValueError where it is
+    neither."""
+    refuse_folder(source)  # which `datasets` would read in place of a hub id of the same name
+    path = Path(source).expanduser()
+    named = is_file(path.name)
+    if path.is_file() and not named:
+        raise ValueError(f"The data file {source} is of no kind that is read: give {FORMATS}.")
+    if path.is_file():
+        return path
+    if named or not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(
+            f"The data file {source} does not exist: give the path of one, {FORMATS}, or a hub id such as "
+            "Anthropic/hh-rlhf/harmless-base."
+        )
+    return None
+
+
+def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list[str]]:
+    """The rows of a .jsonl, .json or .parquet file, gzipped or not, and its columns. Raises ValueError for any other.
+
+    columns: those that a parquet file is read for, all by default; Python cannot hold whatever may be in others.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        if path.name.removesuffix(".gz").endswith(".parquet"):
+            return _from_arrow(parquet.read_table(io.BytesIO(content)), columns)
+        text = content.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"The data file {path} cannot be read ({_first_line(error)}): get or write it anew."
+        ) from error
+    records = _from_json(text, path)
+    return records, list(dict.fromkeys(column for record in records for column in record))
+
+
+def _from_json(text: str, path: Path) -> list[dict]:
+    """The objects of one list, or one a line, whatever the file's suffix.
+
+    Only \\n ends a line here: a JSON string may hold what Unicode counts as other line ends.
+    """
+    if text.lstrip().startswith("["):
+        records = _parsed(text, 1, path)
+    else:
+        records = [_parsed(line, n, path) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for n, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise ValueError(f"The data file {path} has no object as its row {n}: make each row an object of columns.")
+    return records
+
+
+def _parsed(text: str, line: int, path: Path):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter where brackets are nested without end
+        line += getattr(error, "lineno", 1) - 1
+        raise ValueError(
+            f"The data file {path} is not JSON in line {line} ({_first_line(error)}): mend it, so that there is one "
+            "object a line or one list of objects."
+        ) from error
+
+
+def _from_arrow(table: pyarrow.Table, columns: Collection[str]) -> tuple[list[dict], list[str]]:
+    kept = [name for name in table.column_names if not columns or name in columns]
+    return table.select(kept).to_pylist(), table.column_names
+
+
+# --- The hub ---
+
+
+@contextmanager
+def _asking_the_hub(source: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # any of half a dozen libraries' own; unchained, since it may quote what was sent
+        raise ValueError(
+            f"The data {source} are not a local file and cannot be had from the Hugging Face hub "
+            f"({type(error).__name__}): check the id, your network and your access, or give a local copy with "
+            "DATA=<file>."
+        ) from None
+
+
+@cache  # for a process, a branch stays at one commit
+def _builder(source: str) -> datasets.DatasetBuilder:
+    """What reads a data set of the hub at the commit that its revision names today: a branch moves."""
+    named = HUB_ID.fullmatch(source)
+    with _asking_the_hub(source):
+        builder = datasets.load_dataset_builder(named["name"], data_dir=named["folder"], revision=named["revision"])
+    asked, found = named["revision"] or "", builder.hash or ""
+    if _COMMIT.fullmatch(asked) and _COMMIT.fullmatch(found) and asked != found:
+        raise ValueError(  # without a network the library takes the latest copy that it has, whatever was asked for
+            f"The data {source} are in the cache at commit {found} alone: connect to the hub, or ask for that commit."
+        )
+    return builder
+
+
+def from_hub(source: str, columns: Collection[str] = ()) -> tuple[list[dict], list[str]]:
+    """The rows of a split of a data set of the hub, with some columns or all, and the names of all its columns.
+
+    Raises ValueError where it cannot be had.
+    """
+    named, builder = HUB_ID.fullmatch(source), _builder(source)
+    name = named["name"]
+    with _asking_the_hub(source):
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    wanted = [named["split"]] if named["split"] else DEFAULT_SPLITS
+    found = [split for split in wanted if split in splits]
+    if not named["split"] and len(splits) == 1:
+        found += splits
+    if not found:
+        example = f"{name}:{next(iter(splits))}"
+        raise ValueError(f"The data set {name} has the splits {', '.join(splits)}: name one, as in {example}.")
+    return _from_arrow(splits[found[0]].with_format("arrow")[:], columns)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,36 @@
+"""How a profile names its data: a file of rows, a hub id, or stories that are made here."""
+
+import re
+from pathlib import Path
+
+PLAIN, CONDITIONAL = "onpolicy:vader", "onpolicy:vader-conditional"  # stories, by the sentiment that is preferred
+SUFFIXES = (".jsonl", ".json", ".parquet")  # of files of rows; each may end in .gz
+FORMATS = f"{', '.join(SUFFIXES)} (.gz too)"
+ON_POLICY = "onpolicy:"  # before a source of which only the prompts are taken
+_SEGMENT = r"[\w-][\w.-]*"
+HUB_ID = re.compile(
+    rf"(?P<name>{_SEGMENT}/{_SEGMENT})(?:/(?P<folder>{_SEGMENT}(?:/{_SEGMENT})*))?"
+    r"(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"
+)
+
+
+def is_on_policy(data: str) -> bool:
+    """Whether a profile's data ask for the model's own answers."""
+    return data.startswith(ON_POLICY)
+
+
+def source_of(data: str) -> str | None:
+    """The file or hub id that a profile's data take their pairs or prompts from; None where they are made here."""
+    source = data.removeprefix(ON_POLICY)
+    return source if is_file(source) or HUB_ID.fullmatch(source) else None
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is named as a file of rows is, be it there or not."""
+    return source.removesuffix(".gz").endswith(SUFFIXES)
+
+
+def refuse_folder(source: str) -> None:
+    """Raise ValueError for data that are a folder, which a hub id may be the name of too."""
+    if Path(source).expanduser().is_dir():
+        raise ValueError(f"The data {source} are a folder: give one file of it, {FORMATS}.")

@@ -1,0 +1,117 @@
+"""Preference pairs: prompts with a chosen and a rejected answer, and what a task that yields them is.
+
+A task draws pairs in splits, no prompt in two of them, and judges any answer to their prompts.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from helpers.lm import encoding
+from helpers.lm.batches import Tokens
+from helpers.lm.encoding import Message, Prompt
+from helpers.world.question import Question
+
+SPLITS = ("heldin", "validation", "heldout")
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt, the answer preferred and the one not.
+
+    Of a conversation, `messages` are its turns and `prompt` is all of them as plain text. Of the atlas, `question` is
+    what was asked and `family` what the pair is about. Raises ValueError for a text that is empty or none, and for an
+    answer preferred to itself.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    question: Question | None = None
+    family: str | None = None
+    sampled: tuple[Tokens, Tokens] | None = None  # chosen and rejected exactly as a model sampled them
+    messages: tuple[Message, ...] | None = None
+
+    def __post_init__(self):
+        for name in ("prompt", "chosen", "rejected"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(
+                    f"A preference row's {name!r} must be a non-empty string, got {value!r}: mend or drop it."
+                )
+        if self.chosen == self.rejected:
+            raise ValueError(f"A preference row prefers an answer to itself ({self.chosen!r}): mend or drop it.")
+
+    @property
+    def asked(self) -> Prompt:
+        """What `encoding.encode` reads: the conversation, where the prompt is one."""
+        return self.messages or self.prompt
+
+
+def pair_from(row: dict) -> PreferencePair:
+    """The pair that `dataclasses.asdict` and JSON turned into a row."""
+    question = row["question"] and Question(**row["question"])
+    sampled = row["sampled"] and tuple(Tokens(*tokens) for tokens in row["sampled"])
+    messages = row["messages"] and tuple(map(tuple, row["messages"]))
+    return PreferencePair(**{**row, "question": question, "sampled": sampled, "messages": messages})
+
+
+def pair_about(prompt: Prompt, chosen: str, rejected: str, **more) -> PreferencePair:
+    """The pair of a prompt that is a text or a conversation."""
+    if isinstance(prompt, str):
+        return PreferencePair(prompt, chosen, rejected, **more)
+    return PreferencePair(encoding.plain(prompt), chosen, rejected, messages=prompt, **more)
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair]
+) -> tuple[list[Tokens], list[Tokens]]:
+    """The prompts with their chosen, and with their rejected answers, as token ids."""
+
+    def encoded(pair: PreferencePair, answer: str) -> Tokens:
+        return encoding.encode(tokenizer, pair.asked, answer)
+
+    both = [pair.sampled or (encoded(pair, pair.chosen), encoded(pair, pair.rejected)) for pair in pairs]
+    return [chosen for chosen, _ in both], [rejected for _, rejected in both]
+
+
+def begins(one: Tokens, other: Tokens) -> bool:
+    """Whether one response is the other's beginning: then no token tells them apart."""
+    shorter = min(len(one.response), len(other.response))
+    return one.response[:shorter] == other.response[:shorter]
+
+
+class Drawn(NamedTuple):
+    """The pairs of each split, and what became of every row that they were drawn from: {what: rows}."""
+
+    pairs: dict[str, list[PreferencePair]]
+    account: dict[str, int]
+
+
+class TaskBase:
+    """A kind of preference: where its pairs come from, and a judge of any answer to their prompts.
+
+    Its fields are all that decides what it draws and says.
+    """
+
+    preferred: str  # what it prefers, as an axis calls it, and the opposite
+    opposed: str
+    has_facts = False  # whether the fact asked for is known by rule, and none of the preference's business
+    has_words = False  # whether there are words that ask for what is preferred (`asked_for`)
+
+    def verdicts(self, pairs: Sequence[PreferencePair], answers: Sequence[str]) -> list[dict[str, float]]:
+        """What the judge says of an answer to each pair's prompt, 1 or 0: `preferred`, whether it shows what is
+        preferred, `not_opposed`, whether it does not show the opposite, and what else the task knows."""
+        return [self.verdict(pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
+
+
+def draw_prompts(rng: random.Random, pool: list, n: int, split: str) -> list:
+    """A sample of n prompts for a split. Raises ValueError where there are fewer."""
+    if n > len(pool):
+        raise ValueError(
+            f"The {split} split has {len(pool)} prompts, fewer than the {n} asked for: lower sizes.{split}."
+        )
+    return rng.sample(pool, n)

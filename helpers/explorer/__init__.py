@@ -1,0 +1,1 @@
+"""What one dose does to one prompt, and the panel that shows it."""

@@ -1,0 +1,275 @@
+"""Sampling answers, for many prompts and many steering doses in one batch.
+
+All arms of a comparison (doses, directions, loading) use the same random numbers for the same prompt: adding Gumbel
+noise to the logits and taking the maximum samples exactly from the softmax (the Gumbel-max trick), and the noise
+depends only on the seed, the prompt's index and the step. Arms then differ by what was done to the model alone, and a
+sample does not depend on which others share its batch.
+
+What arms have in common is computed once. Steering at `final` moves what the unembedding reads and no state that a
+later token attends to, so arms there share all states until they say different things.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Cache, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from helpers.lm import activations, architecture, batches, encoding, steering
+
+MAX_ROWS = 1536  # answers decoded at once
+MAX_IDLE = 0.25  # share of the branches in the cache that no row continues any more
+SPANS = ("response", "prompt", "all")
+
+
+class GumbelNoise:
+    """Gumbel noise for the logits of some prompts' answers: with it, the greedy choice is a sample at temperature 1."""
+
+    def __init__(self, prompts: Iterable[int], seed: int):
+        self.generators = {i: torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts}
+
+    def added(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """Logits, (rows, vocabulary), with the noise of each row's prompt at its next step; prompts: (rows,).
+
+        Rows of one prompt share their noise, which is the same whichever other rows there are.
+        """
+        present, row = prompts.unique(return_inverse=True)
+        uniform = torch.stack([torch.rand(logits.shape[1], generator=self.generators[i]) for i in present.tolist()])
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-10, 1 - 1e-7)))
+        return logits.float() + gumbel[row].to(logits.device)
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    seed: int | None,
+    site: str | None = None,
+    deltas: Tensor | None = None,
+    span: str = "response",
+    progress: str | None = None,
+) -> list[list[list[int]]]:
+    """Answer every prompt once per arm: [arm][prompt] -> token ids, up to and without what ends an answer
+    (`encoding.ends`).
+
+    seed: of the samples; None decodes greedily.
+    deltas: what each arm adds at `site` (a dose times a direction), (arms, d), or (arms, prompts, d) where every prompt
+    has its own; None is one arm that adds nothing.
+    span: "response" steers every position that predicts a token of the response, so from the prompt's last token on;
+    "prompt" the prompt's own positions alone, the last among them; "all" both. Where memory does not suffice, batches
+    are halved. Raises ValueError for an empty prompt or one that leaves no room for the answer, and for deltas of
+    another shape or of no arm.
+    """
+    architecture.check_lengths(model, [len(p) + new_tokens if p else 0 for p in prompts])
+    deltas = _checked(model, site, deltas, span, len(prompts))
+    arms = 1 if deltas is None else len(deltas)
+    answers = [[[]] * len(prompts) for _ in range(arms)]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    step = max(1, MAX_ROWS // arms)
+
+    def compute(chunk: list[int]) -> tuple[list[int], list[list[int]]]:
+        chosen = [order[i] for i in chunk]
+        return chosen, _decode(model, tokenizer, prompts, chosen, arms, new_tokens, seed, site, deltas, span)
+
+    with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
+        for chunk, decoded in batches.shrinking([1] * len(order), step, compute):
+            for row, ids in enumerate(decoded):
+                answers[row % arms][chunk[row // arms]] = ids
+            bar.update(len(chunk))
+    return answers
+
+
+def _checked(model: nn.Module, site: str | None, deltas: Tensor | None, span: str, prompts: int) -> Tensor | None:
+    """Deltas for every prompt, (arms, prompts, d), where there are any."""
+    if (site is None) != (deltas is None):
+        raise ValueError("To steer give both a site and deltas, and neither otherwise.")
+    if span not in SPANS:
+        raise ValueError(f"Unknown span {span!r}: choose from {', '.join(SPANS)}.")
+    if deltas is None:
+        return None
+    steering.check(model, site, deltas)
+    return steering.by_prompt(deltas, prompts)
+
+
+@torch.no_grad()
+def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, deltas, span) -> list[list[int]]:
+    """The answers to a chunk of prompts, a prompt's arms one after the other."""
+    ends = torch.tensor(encoding.ends(tokenizer), dtype=torch.long)
+    branches = _Branches(model, *_left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device))
+    rows = _Rows(
+        index=torch.arange(len(chunk) * arms),
+        prompt=torch.tensor(chunk).repeat_interleave(arms),
+        branch=torch.arange(len(chunk)).repeat_interleave(arms),
+        deltas=None if deltas is None else deltas[:, chunk].transpose(0, 1).flatten(0, 1).to(model.device),
+    )
+    noise = None if seed is None else GumbelNoise(chunk, seed)
+    width = branches.length
+    first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
+    if _leaves_states(site) or span == "response":
+        branches.read_all_but_last()
+    if not _leaves_states(site):
+        rows.branch = branches.split(rows.branch)
+    said = torch.full((len(rows.index), new_tokens), -1)
+    with _read_by_row(model, branches, rows, site, first, stop):
+        for step in range(new_tokens):
+            logits = branches.read()
+            tokens = (noise.added(logits, rows.prompt) if noise else logits).argmax(dim=-1).cpu()
+            going = ~torch.isin(tokens, ends)
+            said[rows.index[going], step] = tokens[going]
+            rows.keep(going)
+            if not len(rows.index) or step == new_tokens - 1:
+                break
+            rows.branch = branches.continued(rows.branch, tokens[going])
+    return [[token for token in answer if token >= 0] for answer in said.tolist()]
+
+
+def _leaves_states(site: str | None) -> bool:
+    """Whether steering at a site leaves alone all that a later token looks at."""
+    return site in (None, architecture.FINAL)
+
+
+@dataclass
+class _Rows:
+    """The answers of a batch that have not ended, one a prompt and arm."""
+
+    index: Tensor  # in the batch
+    prompt: Tensor
+    branch: Tensor  # which of the branches it continues
+    deltas: Tensor | None
+
+    def keep(self, going: Tensor) -> None:
+        """Drop the other rows; going: (rows,), true or false."""
+        if not going.all():
+            self.index, self.prompt, self.branch = self.index[going], self.prompt[going], self.branch[going]
+            self.deltas = None if self.deltas is None else self.deltas[going]
+
+
+class _Branches:
+    """Token sequences, and the keys and values of what has been read of them.
+
+    Rows that have said the same, and were steered alike wherever a later token looks, continue one branch.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, attended: Tensor):
+        """ids, attended: (branches, tokens), padded on the left."""
+        self.model = model
+        self.ids = ids
+        self.attended = attended
+        self.cache: Cache | None = None
+        # transformers' `generate` asks in the same way; Bloom's, for one, knows positions by its mask
+        self.takes_positions = "position_ids" in signature(architecture.causal_lm(model).forward).parameters
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def length(self) -> int:
+        """In tokens, with the padding and what is not read yet."""
+        return self.ids.shape[1]
+
+    def read(self) -> Tensor:
+        """Read what is unread: the logits after it, (branches, vocabulary), in `_read_by_row` (rows, vocabulary)."""
+        lm = architecture.causal_lm(self.model)
+        unread = self.length if self.cache is None else 1
+        inputs = lm.prepare_inputs_for_generation(  # Phi-3's reads all anew where its scale of positions changes
+            self.ids, next_sequence_length=unread, past_key_values=self.cache, attention_mask=self.attended,
+            use_cache=True, **self._positions(self.attended),
+        )  # fmt: skip
+        out = lm(**inputs)
+        self._keep(out)
+        return out.logits[:, -1]
+
+    def read_all_but_last(self) -> None:
+        """Read the beginning, which all rows of a branch share, without its logits, and leave the last token unread."""
+        if self.length == 1:
+            return
+        ids, attended = self.ids[:, :-1], self.attended[:, :-1]
+        decoder = architecture.decoder(self.model)
+        self._keep(decoder(input_ids=ids, attention_mask=attended, use_cache=True, **self._positions(attended)))
+
+    def _positions(self, attended: Tensor) -> dict[str, Tensor]:
+        return {"position_ids": (attended.cumsum(dim=1) - 1).clamp(min=0)} if self.takes_positions else {}
+
+    def _keep(self, out: ModelOutput) -> None:
+        self.cache = getattr(out, "past_key_values", None)
+        if self.cache is None:
+            name = type(architecture.causal_lm(self.model)).__name__
+            raise ValueError(
+                f"{name} keeps no keys and values of what it has read, so it cannot be sampled from: this architecture "
+                "is not supported, or the model is being trained."
+            )
+
+    def split(self, branch: Tensor) -> Tensor:
+        """Give each row, (rows,), a branch of its own."""
+        self._select(branch)
+        return torch.arange(len(branch))
+
+    def continued(self, branch: Tensor, tokens: Tensor) -> Tensor:
+        """Continue the rows' branches by a token each, both (rows,): which branch is now whose."""
+        vocabulary = int(tokens.max()) + 1
+        distinct, now = (branch * vocabulary + tokens).unique(return_inverse=True)
+        parents, tokens = distinct // vocabulary, distinct % vocabulary
+        divides = len(parents.unique()) < len(parents)
+        if divides or len(parents) < (1 - MAX_IDLE) * len(self):
+            self._select(parents)
+            self._append(tokens)
+            return now
+        # moving what is cached would cost more than to read on, some token 0, where no row is left
+        self._append(torch.zeros(len(self), dtype=torch.long).index_put((parents,), tokens))
+        return branch
+
+    def _append(self, tokens: Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids)], dim=1)
+        self.attended = torch.cat([self.attended, self.attended.new_ones(len(self), 1)], dim=1)
+
+    def _select(self, branch: Tensor) -> None:
+        branch = branch.to(self.ids.device)
+        self.ids, self.attended = self.ids[branch], self.attended[branch]
+        if self.cache is not None:
+            self.cache.reorder_cache(branch)
+
+
+@contextmanager
+def _read_by_row(
+    model: nn.Module, branches: _Branches, rows: _Rows, site: str | None, first: int, stop: int | None
+) -> Iterator[None]:
+    """Inside, the unembedding reads a state for each row, that of its branch's last token, and the rows' deltas are
+    added at `site`, from position `first` until before `stop`.
+
+    The hooks see branches and rows as they are at each pass, between which both change.
+    """
+    moved = partial(steering.moved, start=first, stop=stop)
+
+    def in_block(states: Tensor) -> Tensor:
+        deltas = rows.deltas.new_zeros(len(branches), states.shape[-1])
+        deltas[rows.branch] = rows.deltas
+        return moved(states, deltas, branches.length - states.shape[1])
+
+    def at_final(states: Tensor) -> Tensor:
+        last = states[rows.branch.to(states.device), -1:]
+        return moved(last, rows.deltas, branches.length - 1) if site == architecture.FINAL else last
+
+    with ExitStack() as stack:
+        if not _leaves_states(site):
+            stack.enter_context(activations.hooked(model, site, in_block))
+        stack.enter_context(activations.hooked(model, architecture.FINAL, at_final))
+        yield
+
+
+def _left_padded(ids: Sequence[list[int]], pad: int, device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, ids))
+    inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
+    attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+    return inputs, attended
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, answers: Sequence[list[int]]) -> list[str]:
+    """The answers as text, without special tokens."""
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]

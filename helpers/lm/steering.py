@@ -1,0 +1,160 @@
+"""Steering: add lambda * v to the hidden states of a site, and keep v with all that is needed to use it elsewhere."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from helpers.lm import activations, architecture
+
+
+@contextmanager
+def added(
+    model: nn.Module, site: str, delta: Tensor, start: int | Tensor = 0, stop: int | None = None
+) -> Iterator[None]:
+    """Add `delta` to the states of a site at every forward pass inside: h <- h + delta (section 2.3, delta = lambda v).
+
+    delta: (d,) for every row of the batch, or (batch, d), one a row, so that many doses run in one batch.
+    start, stop: the first token position that is steered, one for all rows or (batch,), and the first that no longer
+    is, counted from the start of the padded sequence, with a KV cache too. Where delta is exactly zero, not one bit
+    changes. Raises ValueError for an unknown site, a delta of another width, and a non-finite delta.
+    """
+    check(model, site, delta)
+    seen = _Positions()
+    handle = architecture.decoder(model).register_forward_pre_hook(seen.update, with_kwargs=True)
+    try:
+        with activations.hooked(model, site, lambda states: moved(states, delta, seen.offset, start, stop)):
+            yield
+    finally:
+        handle.remove()
+
+
+def moved(states: Tensor, delta: Tensor, offset: int, start: int | Tensor = 0, stop: int | None = None) -> Tensor:
+    """States (batch, tokens, d), the first token's at position `offset`, with `delta` added as in `added`."""
+    rows = delta.to(states).unsqueeze(-2)  # (1, d) or (batch, 1, d)
+    positions = torch.arange(offset, offset + states.shape[1], device=states.device)
+    first = torch.as_tensor(start, device=states.device).unsqueeze(-1)  # (1,) or (batch, 1)
+    steered = positions >= first  # (tokens,) or (batch, tokens)
+    if stop is not None:
+        steered = steered & (positions < stop)
+    return torch.where(steered[..., None] & (rows != 0), states + rows, states)
+
+
+class _Positions:
+    """Where the tokens of the current forward pass start: after those that the KV cache already holds."""
+
+    offset = 0
+
+    def update(self, _, args, kwargs) -> None:
+        cached = kwargs.get("past_key_values")
+        self.offset = cached.get_seq_length() if cached is not None else 0
+
+
+def by_prompt(deltas: Tensor, prompts: int) -> Tensor:
+    """Deltas with one for every prompt, (arms, prompts, d), from those or from (arms, d), the same for all prompts.
+
+    Raises ValueError for any other shape, and for no arm at all.
+    """
+    if not len(deltas):
+        raise ValueError("There is no arm to compute: give at least one delta.")
+    if deltas.ndim == 3 and deltas.shape[1] == prompts:
+        return deltas
+    if deltas.ndim != 2:
+        raise ValueError(f"Deltas must be (arms, d) or (arms, {prompts}, d), got shape {tuple(deltas.shape)}.")
+    return deltas[:, None].expand(-1, prompts, -1)
+
+
+def check(model: nn.Module, site: str, delta: Tensor) -> None:
+    """Raise ValueError for a site that the model does not have, and for deltas (..., d) that are not finite or of
+    another width than its states."""
+    architecture.site_layer(model, site)
+    width = architecture.causal_lm(model).config.get_text_config().hidden_size
+    if delta.shape[-1] != width:
+        raise ValueError(f"A vector of width {delta.shape[-1]} does not fit a model of width {width}.")
+    if not delta.isfinite().all():
+        raise ValueError("The vector to add is not finite: estimate it again from finite states.")
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """A direction v at a site: v* (the mean displacement h_dpo - h_base over prompts), v_token or any other.
+
+    vector: (d,), float32. signature: what the model must be for v to mean anything (architecture.signature). profile:
+    the profile's name and hash. `state_norm` is the mean norm of the base states that it moves.
+    """
+
+    vector: Tensor
+    site: str
+    position: str
+    name: str
+    signature: dict
+    dtype: str
+    state_norm: float
+    n_prompts: int
+    profile: str
+    profile_hash: str
+    norm: float = field(init=False)
+
+    def __post_init__(self):
+        if self.vector.ndim != 1 or not self.vector.isfinite().all():
+            raise ValueError(f"A steering vector must be one finite vector, got shape {tuple(self.vector.shape)}.")
+        object.__setattr__(self, "norm", self.vector.norm().item())
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise ValueError unless this is the model, or an adapter on it, that the vector was estimated on."""
+        found = architecture.signature(model)
+        for key, expected in self.signature.items():
+            if found[key] != expected:
+                raise ValueError(
+                    f"The steering vector {self.name} does not fit this model: {key} is {found[key]}, it was estimated "
+                    f"with {expected}. Load that model, or estimate the vector again on this one."
+                )
+
+    @contextmanager
+    def applied(self, model: nn.Module, dose: float = 1.0, start: int | Tensor = 0) -> Iterator[None]:
+        """Add dose * v at its site inside the context (see `added`), to a model that it fits."""
+        self.check_fits(model)
+        with added(model, self.site, dose * self.vector, start):
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Write `<name>.safetensors` and `<name>.json` into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"vector": self.vector.contiguous()}, folder / f"{self.name}.safetensors")
+        about = {key: value for key, value in asdict(self).items() if key != "vector"}
+        about["checksum"] = _checksum(self.vector)
+        (folder / f"{self.name}.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "SteeringVector":
+        """Read what `save` wrote. Raises FileNotFoundError or ValueError that names the file."""
+        about_path, vector_path = folder / f"{name}.json", folder / f"{name}.safetensors"
+        for path in (about_path, vector_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"The steering vector file {path} does not exist: save the vector first.")
+        try:
+            vector = load_file(vector_path)["vector"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"The steering vector file {vector_path} is damaged ({error}): save it again.") from error
+        try:
+            about = json.loads(about_path.read_text())
+            checksum = about.pop("checksum")
+            del about["norm"]  # computed anew
+            loaded = cls(vector=vector, **about)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"The steering vector file {about_path} is damaged ({error}): save it again.") from error
+        if checksum != _checksum(vector):
+            raise ValueError(f"The files of the steering vector {name} do not belong together: save the vector again.")
+        return loaded
+
+
+def _checksum(vector: Tensor) -> str:
+    # not the norm: random controls have the same one as v*
+    return hashlib.sha256(vector.float().numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What is computed once, a file a stage, and the cache."""

@@ -1,0 +1,72 @@
+"""The health of a partner, on validation prompts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from helpers.data.preferences import PreferencePair, TaskBase
+from helpers.lm import decoding, likelihoods
+from helpers.lm.batches import Tokens
+from helpers.lm.loading import BaseAndPartner
+from helpers.stages import verdicts
+from helpers.stages.artifacts import stage
+from helpers.stages.health import Health
+from helpers.stages.roles import Both, Role
+
+CRITERIA = {
+    "reward_accuracy": lambda x, health: x >= health.min_reward_accuracy,
+    "preferred": lambda x, health: x >= health.min_preferred,
+    "fact_loss": lambda x, health: x <= health.max_fact_loss,
+    "well_formed": lambda x, health: x >= health.min_well_formed,
+    "perplexity_ratio": lambda x, health: x <= health.max_perplexity_ratio,
+}
+
+
+@stage(is_unfinished=lambda found: verdicts.lacks_some(pd.DataFrame(found["answers"])))
+def examined(
+    task: TaskBase, pairs: Sequence[PreferencePair], chosen: Sequence[Tokens], rejected: Sequence[Tokens],
+    base_answers: pd.DataFrame, both: Both, base: Role, new_tokens: int, seed: int,
+) -> dict[str, dict]:  # fmt: skip
+    """{"measured": what the health criteria are about, "answers": the partner's judged answers, by column}."""
+    models, prompts = both.load(), [tokens.prompt for tokens in chosen]
+    with models.playing("dpo") as model:
+        ids = decoding.sample(model, models.tokenizer, prompts, new_tokens, seed)
+    alone = Role("base", base.key, lambda: models.playing("base"), lambda: models.tokenizer)
+    answers = verdicts.verdict_table(task, pairs, prompts, ids, new_tokens, alone)
+    margins = reward_margins(models, chosen, rejected)
+    measured = {"reward_accuracy": float((margins > 0).mean()), "preferred": float(answers["preferred"].mean())}
+    if "fact" in answers:
+        measured["fact_loss"] = float(base_answers["fact"].mean() - answers["fact"].mean())
+    return {"measured": measured | fluency(answers, base_answers), "answers": answers.to_dict("list")}
+
+
+def reward_margins(models: BaseAndPartner, chosen: Sequence[Tokens], rejected: Sequence[Tokens]) -> np.ndarray:
+    """The implicit reward margin (m / beta) of each pair, in nats: (N,)."""
+    margins = {}
+    for role in ("dpo", "base"):
+        with models.playing(role) as model:
+            one, other = (likelihoods.response_logps(model, answers) for answers in (chosen, rejected))
+        margins[role] = one - other
+    return margins["dpo"] - margins["base"]
+
+
+def fluency(answers: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
+    """What the health criteria ask of text: its share that is well-formed or, where no rule knows, its perplexity under
+    the base against that of the base's own answers."""
+    if "well_formed" in answers:
+        return {"well_formed": float(answers["well_formed"].mean())}
+    return {"perplexity_ratio": float(np.exp(answers["token_loss"].mean() - base["token_loss"].mean()))}
+
+
+def is_fluent(answers: pd.DataFrame, base: pd.DataFrame, health: Health) -> bool:
+    """Whether text loses no more against the base's own than the health criteria allow."""
+    found = fluency(answers, base)
+    if "well_formed" in found:  # where the base's own text is not faultless, steering need not mend it
+        return bool(found["well_formed"] >= base["well_formed"].mean() - (1 - health.min_well_formed))
+    return not failed_criteria(found, health)
+
+
+def failed_criteria(measured: dict[str, float], health: Health) -> list[str]:
+    """The names of the health criteria that measured values do not meet."""
+    return [name for name, value in measured.items() if not CRITERIA[name](value, health)]

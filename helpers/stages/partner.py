@@ -1,0 +1,30 @@
+"""A DPO partner of the base, trained by a recipe."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from helpers.lm import training
+from helpers.lm.recipe import Recipe
+from helpers.lm.training import TrainingPair
+from helpers.stages.artifacts import stage
+from helpers.stages.roles import Fresh
+
+
+def train_within_memory(base: Fresh, pairs: Sequence[TrainingPair], recipe: Recipe, seed: int, folder: Path) -> None:
+    """Train a partner into a folder, computing as many pairs of a batch at once as fit into memory."""
+    training.within_memory(lambda at_once: train(base, pairs, recipe, seed, folder, at_once), recipe.batch_size)
+
+
+def train(base: Fresh, pairs: Sequence[TrainingPair], recipe: Recipe, seed: int, folder: Path, at_once: int) -> None:
+    """Train a partner into a folder, `at_once` pairs of a batch at a time."""
+    model, tokenizer = base.load()
+    training.train(model, tokenizer, pairs, recipe, seed, folder, at_once)
+
+
+@stage(unkeyed=["train"])
+def partner(
+    folder: Path, base: Fresh, pairs: Sequence[TrainingPair], recipe: Recipe, seed: int,
+    train: Callable = train_within_memory,
+) -> None:  # fmt: skip
+    """Fill a folder with the partner (an adapter, or at rank 0 a whole model) and its training log."""
+    train(base, pairs, recipe, seed, folder)

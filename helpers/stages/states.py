@@ -1,0 +1,17 @@
+"""A model's states at every site and position."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from helpers.lm import activations, architecture
+from helpers.lm.batches import Tokens
+from helpers.stages.artifacts import stage
+from helpers.stages.roles import Role
+
+
+@stage
+def states(folder: Path, role: Role, sequences: Sequence[Tokens]) -> None:
+    """Fill a folder with a file for each site and position, (N, d) float32 (`activations.stored` lists them)."""
+    with role.opened() as model:
+        sites = architecture.sites(model)
+        activations.hidden_states(model, sequences, sites, activations.POSITIONS, f"states, {role.name}", folder)

@@ -1,0 +1,113 @@
+"""A partner that was tried: its weights, its training log, its health."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from helpers.lm.recipe import Recipe
+from helpers.stages import examined
+from helpers.stages.artifacts import Artifact
+from helpers.stages.health import Health
+
+
+@dataclass(frozen=True)
+class Trial:
+    """recipe: None of a ready partner, which has no log either. examine: what `examined` finds, when it is needed."""
+
+    recipe: Recipe | None
+    adapter: Artifact
+    examine: Callable[[], dict[str, dict]]
+    criteria: Health
+
+    @property
+    def log(self) -> pd.DataFrame | None:
+        """A row a training step."""
+        return None if self.recipe is None else pd.read_csv(self.adapter.path / "log.csv")
+
+    @property
+    def processes(self) -> int:
+        """How many processes trained it together."""
+        parts = self.adapter.path / "parts.json"
+        return json.loads(parts.read_text())["processes"] if parts.exists() else 1
+
+    @cached_property
+    def _examined(self) -> dict[str, dict]:
+        return self.examine()
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """What the health criteria are about."""
+        return self._examined["measured"]
+
+    @property
+    def answers(self) -> pd.DataFrame:
+        """Its sampled and judged answers to the validation prompts."""
+        return pd.DataFrame(self._examined["answers"])
+
+    @property
+    def failed(self) -> list[str]:
+        """The health criteria that it does not meet."""
+        return examined.failed_criteria(self.measured, self.criteria)
+
+
+def tried(recipes: list[Recipe], try_one: Callable[[Recipe], Trial]) -> list[Trial]:
+    """Trials of the recipes in order, up to the first healthy one. A single recipe is not examined."""
+    trials = []
+    for recipe in recipes:
+        trials.append(try_one(recipe))
+        if len(recipes) > 1 and not trials[-1].failed:
+            break
+    return trials
+
+
+def chosen(trials: list[Trial]) -> Trial:
+    """The first healthy trial; if none is healthy, the one that fails the fewest criteria."""
+    return trials[0] if len(trials) == 1 else min(trials, key=lambda trial: len(trial.failed))
+
+
+def caveat(trial: Trial, unembedding_moved: float) -> str:
+    """What a reader of any number about a partner has to know of it, as Markdown.
+
+    unembedding_moved: by what share of its norm a ready partner's unembedding differs from the base's.
+    """
+    text = f"**The DPO partner**{_origin(trial)}"
+    if unembedding_moved:
+        text += (
+            f". Its unembedding differs from the base's by {unembedding_moved:.1%} of its norm: base + v* at `final` "
+            "is read through the base's, so that part of DPO is in no v*"
+        )
+    return text + (
+        f". It **fails** {', '.join(trial.failed)} on validation prompts." if trial.failed else ". It is healthy."
+    )
+
+
+def _origin(trial: Trial) -> str:
+    """How a partner was trained, as far as it is known."""
+    recipe = trial.recipe
+    if recipe is None:
+        return (
+            " is a ready one; how it was trained is not known here, nor whether on these very prompts: *held-out* says "
+            "that v* was estimated on others"
+        )
+    text = f": sigmoid DPO, β = {recipe.beta:g}"
+    if trial.processes > 1:  # one process would have rounded otherwise
+        text += f", trained by {trial.processes} processes together"
+    if recipe.nll_weight:
+        terms = loss_terms(trial)
+        text += (
+            f", plus {recipe.nll_weight:g} × the negative log-likelihood of the chosen answers. Over the last ten "
+            f"steps the loss is {terms['loss']:.2f}; the sigmoid term at their mean margins is "
+            f"{terms['its sigmoid term']:.2f} nats of it. What follows is about this mixture; among the controls are "
+            "partners trained on either term alone"
+        )
+    return text
+
+
+def loss_terms(trial: Trial) -> dict[str, float]:
+    """The mean loss of a trained partner's last ten steps, and its sigmoid term at their mean margins, nats."""
+    last = trial.log.tail(10)
+    return {"loss": last["loss"].mean(), "its sigmoid term": np.logaddexp(0, -last["rewards/margins"]).mean()}

@@ -1,0 +1,209 @@
+"""What is studied: a base model, the preferences that it is taught, and the partner that they make of it.
+
+The first three chapters of a study (study.py). A stage is computed once and kept; what it does stands in
+helpers/stages/, a file each.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from helpers import profiles
+from helpers.data import tasks
+from helpers.data.preferences import PreferencePair
+from helpers.lm import architecture, loading
+from helpers.lm.batches import Tokens
+from helpers.lm.recipe import Recipe
+from helpers.lm.training import TrainingPair
+from helpers.profiles import Profile
+from helpers.stages import artifacts, examined, pairs, parallel, trials
+from helpers.stages.artifacts import Artifact
+from helpers.stages.encoded import encoded_pairs
+from helpers.stages.loaded import OneModel, Placement
+from helpers.stages.organism import organism
+from helpers.stages.partner import partner, train_within_memory
+from helpers.stages.reference import base_logps
+from helpers.stages.trials import Trial
+
+
+class Subject:
+    """A profile's base model, preferences and partner. `train` is what trains a partner (stages/partner.py)."""
+
+    train = staticmethod(train_within_memory)
+
+    def __init__(self, profile: Profile):
+        self.profile = profile
+        self.task = tasks.task(profile.data, profile.score, profile.seed, profile.sizes, profile.organism.places)
+        self._encoded: dict[str, tuple[list[Tokens], list[Tokens]]] = {}
+        self._states: dict[str, dict[tuple[str, str, str], Path]] = {}
+
+    # --- 1. The base model ---
+
+    @cached_property
+    def source(self) -> Artifact:
+        """Where the base model's files are: pretrained here, a folder, or a hub id."""
+        if self.profile.model != profiles.EMBEDDED:
+            return Artifact(Path(self.profile.model), loading.content_id(self.profile.model))
+        return organism(self.profile.organism, self.profile.seed)
+
+    @cached_property
+    def lm(self) -> OneModel:
+        """The model in memory: its parts, its tokenizer, and the model as `base` or as `dpo`."""
+        profile = self.profile
+        placement = Placement(profile.dtype, profile.device, profile.quantize)
+        return OneModel(self.source, placement, lambda: self.chosen.adapter)
+
+    # --- 2. Its preferences ---
+
+    @cached_property
+    def _drawn(self) -> dict[str, dict]:
+        return pairs.drawn_pairs(self.task, self.lm.role("base"))
+
+    @cached_property
+    def pairs(self) -> dict[str, list[PreferencePair]]:
+        """The preference pairs of each split; no prompt is in two splits."""
+        return pairs.by_split(self._drawn)
+
+    @property
+    def account(self) -> dict[str, int]:
+        """What became of each row that the pairs were drawn from; empty where they are written here."""
+        return self._drawn["account"]
+
+    def encoded(self, split: str) -> tuple[list[Tokens], list[Tokens]]:
+        """The pairs of a split as token ids: with their chosen answers, with their rejected answers.
+
+        Raises ValueError for an unknown split.
+        """
+        if split not in self.pairs:
+            raise ValueError(f"There is no split {split!r}: choose from {', '.join(self.pairs)}.")
+        if split not in self._encoded:
+            both = encoded_pairs(self.pairs[split], self.lm.role("base"))
+            self._encoded[split] = tuple([Tokens(*ids) for ids in answers] for answers in both)
+        return self._encoded[split]
+
+    def prompts(self, split: str) -> list[list[int]]:
+        """The prompts of a split as token ids."""
+        return [tokens.prompt for tokens in self.encoded(split)[0]]
+
+    def wordings(self, split: str) -> np.ndarray:
+        """The wording that each prompt of a split shares with others, (N,): what an interval over prompts resamples."""
+        return np.array([self.task.wording(pair) for pair in self.pairs[split]])
+
+    @cached_property
+    def training_pairs(self) -> list[TrainingPair]:
+        """The held-in pairs that partners are trained on. What the base makes of them is computed once for them all."""
+        encoded = self.encoded("heldin")
+        return list(map(TrainingPair, *encoded, map(tuple, base_logps(self.lm.role("base"), *encoded))))
+
+    # --- 3. Its partner ---
+
+    @property
+    def trains(self) -> bool:
+        """Whether the partner is trained here, and not a ready one."""
+        return not self.profile.dpo_model
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """The profile's recipes in order, up to the first healthy one, each judged on validation prompts; or the ready
+        partner alone."""
+        return trials.tried(self.profile.recipes, self._trial) if self.trains else [self._trial(None)]
+
+    @property
+    def chosen(self) -> Trial:
+        """The first healthy trial; if none is healthy, the one that fails the fewest criteria."""
+        return trials.chosen(self.trials)
+
+    def adapter(self, recipe: Recipe) -> Artifact:
+        """The partner trained by a recipe."""
+        return partner(self.lm.fresh(), self.training_pairs, recipe, self.profile.seed, self.train)
+
+    def _trial(self, recipe: Recipe | None) -> Trial:
+        ready = self.profile.dpo_model
+        files = Artifact(Path(ready), loading.content_id(ready)) if recipe is None else self.adapter(recipe)
+        return Trial(recipe, files, partial(self._examined, files), self.profile.health)
+
+    def _examined(self, files: Artifact) -> dict[str, dict]:
+        base, sizes = self.lm.role("base"), self.profile.sizes
+        return examined.examined(
+            self.task, self.pairs["validation"], *self.encoded("validation"), self.answers("base", "validation"),
+            self.lm.both_with(files), base, sizes.new_tokens, self.profile.seed,
+        )  # fmt: skip
+
+    @property
+    def recipe(self) -> Recipe:
+        """The chosen trial's recipe, for which nothing is trained where there is only one; beside a ready partner the
+        profile's first, by which a vector is trained in its place."""
+        is_given = len(self.profile.recipes) == 1 or not self.trains
+        return self.profile.recipes[0] if is_given else self.chosen.recipe
+
+    @property
+    def caveat(self) -> str:
+        """What a reader of any number about the partner has to know of it, as Markdown."""
+        return trials.caveat(self.chosen, 0.0 if self.trains else self.lm.both.unembedding_moved)
+
+    def variant(self, **changes) -> Self:
+        """The same base and pairs with another partner, its recipe the chosen one with these fields changed.
+
+        Raises ValueError for a field that a recipe does not have, and where the partner is a ready one.
+        """
+        unknown = sorted(changes.keys() - Recipe.model_fields.keys())
+        if unknown:
+            raise ValueError(f"A recipe has no {unknown[0]!r}; it has {', '.join(Recipe.model_fields)}.")
+        if not self.trains:
+            raise ValueError("This partner is a ready one, so none like it can be trained: leave DPO_MODEL= out.")
+        recipe = self.recipe.changed(**changes)
+        return self if recipe == self.recipe else type(self)(self.profile.changed(recipes=(recipe,)))
+
+    def about(self, data: str) -> Self:
+        """The same base with a partner trained by the chosen recipe on other preferences (`Profile.data`)."""
+        return (
+            self if data == self.profile.data else type(self)(self.profile.changed(data=data, recipes=(self.recipe,)))
+        )
+
+    @cached_property
+    def replicates(self) -> list[Self]:
+        """This study and its chosen recipe trained with other seeds, `sizes.seeds` in all, ready to be compared.
+
+        A ready partner is alone.
+        """
+        if not self.trains:
+            return [self]
+        studies = [self.variant(seed=self.recipe.seed + k) for k in range(self.profile.sizes.seeds)]
+        prepare(studies[1:], "other training seeds")
+        return studies
+
+    def has(self, stages: "Stages") -> bool:
+        """Whether all that `stages(self)` asks for is in the cache."""
+        try:
+            with artifacts.nothing_made():
+                stages(self)
+        except artifacts.NotCached:
+            return False
+        return True
+
+
+Stages = Callable[[Subject], object]  # asks a study for some of its stages, which are computed thereby
+
+
+def prepare(studies: Sequence[Subject], name: str, stages: Stages | None = None) -> None:
+    """Compute for each study what it lacks of some stages, by default of what partners are compared by (`measure`): in
+    processes of their own where models are small, else one after the other."""
+    stages = stages or (lambda study: study.measure())
+    missing = [study for study in studies if not study.has(stages)]
+    # what takes long is not left to the end
+    missing.sort(key=lambda study: study.has(lambda study: study.chosen.adapter))
+    computed = partial(_compute, stages)
+    kinds = [(type(study), study.profile) for study in missing]
+    if missing and architecture.is_small(missing[0].lm.base):
+        parallel.each(computed, kinds, name)
+    else:  # one model in memory: a study of its own each, gone with its model when it is done
+        for kind in kinds:
+            computed(kind)
+
+
+def _compute(stages: Stages, kind: tuple[type[Subject], Profile]) -> None:
+    subject, profile = kind
+    stages(subject(profile))

@@ -1,0 +1,1 @@
+"""The atlas, and the organism that learns it."""

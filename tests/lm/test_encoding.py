@@ -1,0 +1,145 @@
+"""Token ids that follow the chat template, of single turns and of conversations, those of plain text, and what ends an
+answer."""
+
+import copy
+
+import pytest
+from tokenizers import normalizers
+
+from helpers.lm import encoding
+from helpers.lm.batches import Tokens
+from helpers.world import atlas
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = None
+    return made
+
+
+def test_with_a_chat_template_the_ids_are_those_of_the_rendered_text(tokenizer):
+    tokens = encoding.encode(tokenizer, "What is it?", "It is red.")
+    start, prompt_end, asks, answers, end = (tokenizer.convert_tokens_to_ids(t) for t in (
+        "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|end|>"))  # fmt: skip
+    body = tokenizer("What is it?", add_special_tokens=False)["input_ids"]
+    reply = tokenizer("It is red.", add_special_tokens=False)["input_ids"]
+    assert tokens.prompt == [start, asks, *body, prompt_end, answers]
+    assert tokens.response == [*reply, end]
+    assert encoding.encode(tokenizer, "What is it?") == Tokens(tokens.prompt, [])
+    assert tokens.ids.count(start) == 1 and max(tokens.ids) < len(tokenizer)
+
+
+def test_without_a_chat_template_the_text_is_taken_as_it_is(plain_tokenizer):
+    tokens = encoding.encode(plain_tokenizer, "Once upon a time.", " It was red.")
+    assert tokens.prompt == plain_tokenizer("Once upon a time.")["input_ids"]
+    assert plain_tokenizer.decode(tokens.response[:-1]).strip() == "It was red."
+    assert tokens.response[-1] == plain_tokenizer.eos_token_id  # as TRL's DPOTrainer ends a string
+    assert encoding.encode(plain_tokenizer, "Once upon a time.").response == []
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    assert encoding.encode(other, "What is it?").response == []
+    with pytest.raises(ValueError, match=r"renders a prompt alone and with its answer differently.*prompt is a prefix"):
+        encoding.encode(other, "What is it?", "It is red.")
+
+
+def test_every_token_of_the_organism_survives_the_tokenizer(tokenizer):
+    for question, text in atlas.corpus(atlas.Atlas(), 200, seed=9):
+        response = encoding.encode(tokenizer, question.text, text).response
+        assert tokenizer.decode(response, skip_special_tokens=True).strip() == text
+
+
+# --- Conversations ---
+
+CONVERSATION = (("user", "Hello there!"), ("assistant", "Good day."), ("user", "What is it?"))
+
+
+def test_a_conversation_is_spoken_by_the_chat_template_turn_by_turn(tokenizer):
+    tokens = encoding.encode(tokenizer, CONVERSATION, "It is red.")
+    messages = [{"role": role, "content": content} for role, content in (*CONVERSATION, ("assistant", "It is red."))]
+    assert tokens.ids == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert tokens.prompt == tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+
+
+def test_without_a_template_a_conversation_is_written_as_hh_rlhf_writes_it(plain_tokenizer):
+    text = "\n\nHuman: Hello there!\n\nAssistant: Good day.\n\nHuman: What is it?\n\nAssistant:"
+    assert encoding.plain(CONVERSATION) == text
+    tokens = encoding.encode(plain_tokenizer, CONVERSATION, "It is red.")
+    answer = plain_tokenizer(" It is red.", add_special_tokens=False)["input_ids"]
+    assert tokens.prompt == plain_tokenizer(text)["input_ids"]
+    assert tokens.response == [*answer, plain_tokenizer.eos_token_id]
+
+
+def test_a_conversation_that_the_template_refuses_is_said(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match=r"does not take this conversation \(no system role\).*without a template"):
+        encoding.encode(strict, (("system", "Be kind."), ("user", "Hello!")))
+
+
+def test_an_answer_goes_on_from_its_prompt_whatever_a_tokenizer_puts_before_a_text(tokenizer):
+    """Llama 2's puts a space before every text, so that an answer tokenised alone would begin with two."""
+    prepending = copy.deepcopy(tokenizer)
+    prepending.chat_template = None
+    prepending.backend_tokenizer.normalizer = normalizers.Prepend("~")
+    alone = prepending(" It is red.", add_special_tokens=False)["input_ids"]
+    tokens = encoding.encode(prepending, CONVERSATION, "It is red.")
+    assert prepending.decode(tokens.response[:-1]) == " It is red." and tokens.response[:-1] != alone
+    assert tokens.ids == [
+        *prepending(f"{encoding.plain(CONVERSATION)} It is red.")["input_ids"],
+        prepending.eos_token_id,
+    ]
+
+
+# --- Ends ---
+
+TURNS = "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + END }}{% endfor %}"
+START = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+
+
+@pytest.fixture
+def speaking(tokenizer):
+    """A tokenizer whose sequences end in <|start|>, with a template that ends a turn by a text, or without one."""
+
+    def make(end: str | None):
+        made = copy.deepcopy(tokenizer)
+        made.eos_token = "<|start|>"
+        made.chat_template = None if end is None else TURNS.replace("END", repr(end)) + START
+        return made
+
+    return make
+
+
+def test_the_atlas_ends_a_turn_with_the_end_of_the_sequence(tokenizer):
+    assert encoding.ends(tokenizer) == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n", "<|end|><|start|>"])
+def test_a_turn_s_own_end_comes_before_that_of_the_sequence(speaking, end):
+    """As in Qwen2.5's base models."""
+    made = speaking(end)
+    assert encoding.ends(made) == made.convert_tokens_to_ids(["<|end|>", "<|start|>"])
+
+
+@pytest.mark.parametrize("end", ["\n", "", None, "<|start|>"])
+def test_text_ends_no_turn(speaking, end):
+    made = speaking(end)
+    assert encoding.ends(made) == [made.eos_token_id]
+
+
+def test_a_template_that_takes_no_answers_leaves_the_end_of_the_sequence(speaking):
+    """As one that opens the model's thoughts in its prompt, and leaves them out of what was answered before."""
+    made = speaking("<|end|>")
+    made.chat_template += "{% if add_generation_prompt %}thoughts{% endif %}"
+    with pytest.raises(ValueError, match="renders a prompt alone and with its answer differently"):
+        encoding.encode(made, "Hi", "Yes")
+    assert encoding.ends(made) == [made.eos_token_id]
+
+
+def test_an_answer_gets_its_end_unless_it_was_cut_before():
+    assert encoding.ended([5, 6], 2, most=3) == [5, 6, 2]
+    assert encoding.ended([5, 6, 7], 2, most=3) == [5, 6, 7]
+    assert encoding.ended([], 2, most=3) == [2] and encoding.ended([5], None, most=3) == [5]

@@ -1,0 +1,72 @@
+"""Worker processes: every item once, one thread each, and what fails is told here."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from helpers.stages import parallel
+
+
+def note(path):
+    """What a worker is, left where this process finds it: that nothing was left before shows that it ran once."""
+    with open(path, "x") as file:
+        json.dump({"process": os.getpid(), "threads": torch.get_num_threads()}, file)
+
+
+def refuse(path):
+    raise KeyError(f"the worker of {path.name}")
+
+
+def keep_memory(path):
+    """Long enough for loky to look at what the worker holds."""
+    note(path)
+    kept.append(b"x" * 320_000_000)
+    time.sleep(1.1)
+
+
+kept: list[bytes] = []
+
+
+@pytest.fixture
+def as_it_was(monkeypatch):
+    """This process has two threads and tqdm's own bars, before and after."""
+    threads, bar = torch.get_num_threads(), vars(tqdm)["__init__"]
+    monkeypatch.setattr(tqdm, "__init__", bar)  # put back afterwards
+    torch.set_num_threads(2)
+    yield
+    found = torch.get_num_threads(), vars(tqdm)["__init__"]
+    torch.set_num_threads(threads)
+    assert found == (2, bar)
+
+
+def test_every_item_is_computed_once_with_one_thread_by_workers_that_may_keep_memory(tmp_path, recwarn, as_it_was):
+    """As malloc does that the Makefile tells to: a new worker has to import everything again."""
+    paths = [tmp_path / str(i) for i in range(6)]
+    parallel.each(keep_memory, paths, "six")
+    found = [json.loads(path.read_text()) for path in paths]
+    assert [worker["threads"] for worker in found] == [1] * 6
+    workers = {worker["process"] for worker in found}
+    assert len(workers) <= max(2, os.cpu_count()) and os.getpid() not in workers
+    assert not [warning for warning in recwarn if "worker" in str(warning.message)]
+
+
+def test_what_a_worker_raises_is_raised_here_by_a_single_item_too(tmp_path, as_it_was):
+    with pytest.raises(KeyError, match="the worker of a"):
+        parallel.each(refuse, [tmp_path / "a"], "one")
+
+
+def test_for_no_items_no_worker_is_started(monkeypatch):
+    monkeypatch.setattr(parallel, "Parallel", lambda *_, **__: pytest.fail("started workers"))
+    parallel.each(note, [], "none")
+
+
+def test_one_thread_ends_with_what_is_inside_and_an_exception_too():
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyError), parallel.one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == threads

@@ -1,0 +1,216 @@
+"""A base and its partners: trained by other recipes, with other seeds, on other preferences, or ready ones."""
+
+import pickle
+
+import pytest
+import torch
+from joblib.externals.loky.backend import reduction
+from peft import PeftModel
+from studied import PROFILE, RECIPE, logits
+from transformers import AutoModelForCausalLM
+
+from helpers import study
+from helpers.data import truthfulqa
+from helpers.lm import architecture, training
+from helpers.lm.recipe import Recipe
+from helpers.stages import artifacts, parallel
+from helpers.stages.artifacts import NotCached
+from helpers.study import Study
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """What is given to worker processes is computed in this one: test_parallel.py is about them."""
+
+    def each(function, items, name):
+        computed = pickle.loads(reduction.dumps(function))  # as it reaches a worker
+        for item in items:
+            computed(item)
+
+    monkeypatch.setattr(parallel, "each", each)
+
+
+# --- Other recipes ---
+
+
+def test_a_variant_has_the_same_base_and_pairs_and_another_partner(trained):
+    other = trained.variant(labels="reversed", rank=2)
+    assert other.profile == PROFILE.changed(recipes=(RECIPE.changed(labels="reversed", rank=2),))
+    with artifacts.nothing_made():
+        assert (other.source, other.pairs) == (trained.source, trained.pairs)
+        assert other._states("base", "heldin") == trained._states("base", "heldin")
+        assert other.answers("base", "heldout").equals(trained.answers("base", "heldout"))
+        for ask in (lambda s: s.chosen.adapter, lambda s: s.answers("dpo", "heldout"), lambda s: s.states("heldin")):
+            with pytest.raises(NotCached):
+                ask(other)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": 4}, {"labels": "true", "objective": "dpo"}])
+def test_a_variant_without_a_change_is_the_study_itself(trained, changes):
+    assert trained.variant(**changes) is trained
+
+
+@pytest.mark.parametrize("changes", [{"ranks": 2}, {"labels": "swapped"}])
+def test_a_variant_that_is_no_recipe_is_refused(trained, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        trained.variant(**changes)
+
+
+def test_the_recipe_of_a_study_of_one_is_known_without_training_and_so_are_its_variants(monkeypatch):
+    monkeypatch.setattr(Study, "_trial", lambda *_: pytest.fail("trained a partner"))
+    made = Study(PROFILE)
+    assert made.recipe == RECIPE and made.variant(seed=3).recipe == RECIPE.changed(seed=3)
+    assert made.about("atlas:belief").variant(seed=3).about(PROFILE.data).profile == made.variant(seed=3).profile
+
+
+def test_a_study_of_several_recipes_takes_the_first_healthy_one(trained, monkeypatch):
+    recipes = (RECIPE.changed(beta=0.5), RECIPE, Recipe())
+    failed = {recipes[0]: ["preferred"], RECIPE: []}
+    made = Study(PROFILE.changed(recipes=recipes))
+    monkeypatch.setattr(Study, "_trial", lambda self, recipe: Tried(recipe, failed[recipe]))
+    assert made.recipe == RECIPE and made.variant(seed=1).profile.recipes == (RECIPE.changed(seed=1),)
+
+
+class Tried:
+    def __init__(self, recipe, failed):
+        self.recipe, self.failed = recipe, failed
+
+
+@pytest.mark.parametrize("data", ["atlas:refusal", "atlas:tone+belief"])
+def test_about_other_preferences_the_base_and_the_recipe_stay(trained, data):
+    other = trained.about(data)
+    assert other.source.key == trained.source.key and other.profile == PROFILE.changed(data=data)
+    assert other.pairs["heldout"] != trained.pairs["heldout"]
+    assert trained.about(PROFILE.data) is trained
+
+
+# --- Several partners ---
+
+
+def test_replicates_are_the_study_and_its_recipe_trained_with_other_seeds(trained):
+    found = trained.replicates
+    assert found[0] is trained and [r.chosen.recipe for r in found] == [RECIPE.changed(seed=k) for k in range(3)]
+    assert len({tuple(r.direction().tolist()) for r in found}) == 3
+    assert all(r.has(Study.measure) for r in found)
+    states = [r.states("heldout") for r in found]
+    for key in (key for key in states[0] if key[0] == "base"):
+        assert all(torch.equal(other[key], states[0][key]) for other in states[1:])
+
+
+def test_a_study_has_stages_once_all_is_there_and_asking_makes_nothing(trained):
+    cache = artifacts.root()
+    made, before = trained.variant(objective="sft"), set(cache.iterdir())
+    assert not made.has(Study.measure) and set(cache.iterdir()) == before
+    made.measure()
+    assert made.has(Study.measure) and Study(made.profile).has(Study.measure)
+    (partner,) = cache.glob(f"partner-{made.chosen.adapter.key[:16]}")
+    partner.rename(cache / "aside")
+    assert not Study(made.profile).has(Study.measure)
+    (cache / "aside").rename(partner)
+
+
+def test_prepare_computes_what_is_missing_and_no_more(trained, monkeypatch):
+    missing, asked = [trained.variant(seed=7), trained.variant(seed=8)], []
+    monkeypatch.setattr(parallel, "each", lambda function, items, name: asked.append((items, name)))
+    study.prepare([missing[0], trained, missing[1]], "some partners")
+    study.prepare([trained], "nothing to do")
+    study.prepare([], "nothing at all")
+    assert asked == [([(Study, made.profile) for made in missing], "some partners")]
+
+
+def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trained, monkeypatch):
+    missing = trained.variant(labels="shuffled")
+    monkeypatch.setattr(architecture, "SMALL", 0)
+    monkeypatch.setattr(parallel, "each", lambda *_: pytest.fail("several at a time"))
+    assert not missing.has(Study.measure)
+    study.prepare([trained, missing], "one at a time")
+    assert missing.has(Study.measure)
+
+
+def test_prepare_computes_other_stages_where_they_are_asked_for(trained):
+    missing = trained.variant(seed=9)
+    study.prepare([missing], "one adapter", lambda s: s.chosen.adapter)
+    assert missing.has(lambda s: s.chosen.adapter) and not missing.has(Study.measure)
+
+
+def test_a_partner_that_cannot_be_trained_is_told_and_not_kept(trained):
+    failing = trained.variant(learning_rate=float("inf"))
+    with pytest.raises(ValueError, match="not finite"):
+        study.prepare([failing], "a partner that cannot be trained")
+    assert not failing.has(Study.measure)
+
+
+def test_a_partner_of_rank_0_is_a_model_of_its_own_beside_the_same_base(trained, plain):
+    made = trained.variant(rank=0, learning_rate=1e-3)
+    ids = made.encoded("heldout")[0][0].ids
+    assert made.lm.both.base is not made.lm.both.dpo
+    with made.lm.playing("base") as model:
+        close(logits(model, ids).double(), logits(plain["base"], ids), atol=1e-4, rtol=1e-4)
+    states, own = made.states("heldout"), trained.states("heldout")
+    assert all(torch.equal(states[key], own[key]) for key in own if key[0] == "base")
+    assert made.displacements("heldout").norm(dim=1).min() > 1e-3
+    made.vector().check_fits(made.lm.both.dpo)
+
+
+# --- A ready partner ---
+
+
+@pytest.fixture
+def merged(trained, tmp_path):
+    """The partner as a checkpoint of its own."""
+    dpo = AutoModelForCausalLM.from_pretrained(trained.source.path)
+    PeftModel.from_pretrained(dpo, trained.chosen.adapter.path).merge_and_unload().save_pretrained(tmp_path)
+    trained.lm.tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def beside(trained, partner) -> Study:
+    """The same base with a given partner."""
+    return Study(PROFILE.changed(model=str(trained.source.path), dpo_model=str(partner)))
+
+
+@pytest.fixture(params=["adapter", "whole model"])
+def ready(request, trained, merged, monkeypatch):
+    """The same pair of models, given and not trained."""
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained a partner"))
+    return beside(trained, trained.chosen.adapter.path if request.param == "adapter" else merged)
+
+
+def test_a_ready_partner_is_studied_as_the_trained_one_is_and_nothing_is_trained(ready, trained):
+    assert ready.pairs == trained.pairs and not ready.trains
+    close(ready.displacements("heldout"), trained.displacements("heldout"), atol=1e-4, rtol=1e-4)
+    assert ready.reward_margins("heldout") == pytest.approx(trained.reward_margins("heldout"), abs=1e-3)
+    assert ready.chosen.measured.keys() == trained.chosen.measured.keys()
+    assert ready.replicates == [ready] and ready.recipe == RECIPE
+    ready.measure()
+    assert ready.has(Study.measure)
+    assert ready.chosen.recipe is None and ready.chosen.log is None
+    assert ready.caveat.startswith("**The DPO partner** is a ready one; how it was trained is not known here, nor")
+    with pytest.raises(ValueError, match="ready one, so none like it can be trained: leave DPO_MODEL= out"):
+        ready.variant(labels="shuffled")
+
+
+def test_of_a_ready_partner_with_an_unembedding_of_its_own_it_is_said_by_how_much(trained, merged):
+    assert "unembedding" not in beside(trained, merged).caveat
+    moved = AutoModelForCausalLM.from_pretrained(merged)
+    moved.lm_head.weight.data *= 1.25
+    moved.save_pretrained(merged)
+    assert "Its unembedding differs from the base's by 25.0% of its norm" in beside(trained, merged).caveat
+
+
+def test_a_ready_partner_without_its_base_is_refused():
+    with pytest.raises(ValueError, match="needs the base that it was trained from: give MODEL= too"):
+        PROFILE.changed(dpo_model="a/partner")
+
+
+def test_truthfulness_is_asked_once_of_a_model_that_was_not_trained_here(trained, merged, deltas, monkeypatch):
+    choices = {"choices": ["It is.", "It is not."], "labels": [1, 0]}
+    rows = [{"question": "Is it?", "mc1_targets": choices, "mc2_targets": choices}]
+    monkeypatch.setattr(study, "truthfulqa_rows", lambda: rows)
+    made = beside(trained, merged)
+    found = made.truthfulness("base", deltas)
+    assert [part.shape for part in found] == [(2, 1), (2, 1)] and ((found.mc2 > 0) & (found.mc2 < 1)).all()
+    monkeypatch.setattr(truthfulqa, "truthfulqa", lambda *_: pytest.fail("asked again"))
+    assert all((a == b).all() for a, b in zip(made.truthfulness("base", deltas), found))

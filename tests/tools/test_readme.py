@@ -1,0 +1,122 @@
+"""What is generated comes from figures/ alone, and the committed parts are not stale."""
+
+import json
+
+import pytest
+
+from helpers import claims, figures, profiles
+from helpers.estimates import Estimate
+from helpers.places import PROJECT
+from tools import readme
+
+ATLAS = profiles.load("atlas")
+MARKERS = ("scorecard", "ours")
+TEXT = "# Title\n" + "\n".join(f"<!-- {name} -->\nold {name}\n<!-- /{name} -->" for name in MARKERS) + "\nThe end.\n"
+GALLERIES = sorted((PROJECT / "figures").glob("*/claims.json"))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A project's figures: three of the atlas, and claims."""
+    monkeypatch.setenv("DSTEER_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.setattr(figures, "notebook_of", lambda figure: "05_spectral_signatures")
+    controls = {"labels shuffled": 0.01, "centred": 0.25}
+    claims.record(ATLAS, "C9", Estimate(-0.5, -0.7, -0.25, (-0.6, -0.4)), 240, "fig4a_entropy", controls)
+    claims.record(ATLAS, "C1", Estimate(2e-16, 2e-16, 2e-16), 6, "fig1b_field")
+    claims.record(ATLAS, "C12", Estimate(-0.3, -0.4, -0.2), 240, "fig02_training")
+    claims.record(ATLAS, "E1", Estimate(0.9, 0.85, 1.0), 240, "fig07_families")
+    for figure in ("fig4a_entropy", "fig02_training", "fig1b_field"):
+        about = {"caption": f"See {figure}.", "notebook": "05_spectral_signatures", "claims": [], "numbers": {}}
+        (tmp_path / "figures" / "atlas" / f"{figure}.json").write_text(json.dumps(about))
+    return tmp_path
+
+
+def block(text, name):
+    return text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip("|").replace("\\|", "¦").split("|")]
+
+
+def test_every_block_is_written_anew_and_nothing_else_changes(root):
+    text = readme.rendered(TEXT, root)
+    assert text.startswith("# Title\n") and text.endswith("\nThe end.\n") and "old" not in text
+    rows = {name: [cells(row)[0] for row in block(text, name).splitlines()[2:]] for name in MARKERS}
+    assert rows == {"scorecard": ["C1", "C9", "C12"], "ours": ["E1"]}
+    assert readme.rendered(text, root) == text
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_a_missing_or_doubled_marker_is_named(root, name):
+    for text in (TEXT.replace(f"<!-- {name} -->", ""), TEXT.replace(f"<!-- /{name} -->", ""), TEXT + TEXT):
+        with pytest.raises(ValueError, match=r"README\.md must hold the markers of the block '.*' exactly once"):
+            readme.rendered(text, root)
+    with pytest.raises(ValueError, match=f"'{name}' exactly once, found 0"):
+        readme.rendered(TEXT.replace(f"<!-- {name} -->", ""), root)
+
+
+def test_a_row_of_the_scorecard_says_what_was_measured_and_the_verdict_with_its_caveat(root):
+    head, rule, c1, c9, c12 = readme.scorecard(claims.load(ATLAS), claims.CLAIMS).splitlines()
+    assert {len(cells(row)) for row in (head, rule, c1, c9, c12)} == {4}
+    assert cells(c9) == [
+        "C9", claims.ALL["C9"].plain, "nats -0.50 [-0.70, -0.25]",
+        "**reproduced**: shuffled labels give 0.01; about the mean, DPO changes it by 0.25",
+    ]  # fmt: skip
+    assert cells(c1)[2:] == ["error 2.0e-16", "**reproduced**: of single tokens"]
+    assert cells(c12)[3] == "**not reproduced**"  # its control was not measured, so its caveat is left out
+
+
+def test_a_profile_s_page_has_every_claim_with_its_controls(root):
+    text = readme.gallery(root / "figures" / "atlas")
+    c1, c9, c12, e1 = (cells(row) for row in text.splitlines() if row.startswith(("| C", "| E")) and "§" in row)
+    assert {len(row) for row in (c1, c9, c12, e1)} == {7} and e1[0] == "E1 (§ 2.3)"
+    assert c9[:4] == [
+        "C9 (§ 4, Fig. 4a)", claims.ALL["C9"].statement, "[05](../../notebooks/05_spectral_signatures.ipynb)",
+        "[fig4a_entropy](fig4a_entropy.png)",
+    ]  # fmt: skip
+    measured = "**-0.50 [-0.70, -0.25]**, seeds -0.60, -0.40, n = 240"
+    assert c9[4] == f"{claims.ALL['C9'].metric}: {measured}<br><sub>labels shuffled: 0.010; centred: 0.25</sub>"
+    assert (c9[5], c9[6]) == ("−∞ to -1.0e-09", "reproduced")
+    assert c12[5:] == ["-0.050 to 0.050", "not reproduced"]
+
+
+def test_a_bar_in_a_statement_does_not_end_its_cell(root):
+    claims.record(ATLAS, "C4", Estimate(0.3, 0.2, 0.4), 240, "fig1c_cloud")
+    (row,) = [row for row in readme.claims_table(claims.load(ATLAS)).splitlines() if row.startswith("| C4")]
+    assert "|" in claims.ALL["C4"].metric and len(cells(row)) == 7
+
+
+def test_a_profile_s_page_shows_the_papers_figures_first_each_with_its_caption(root):
+    text = readme.gallery(root / "figures" / "atlas")
+    places = [text.index(f"![{name}]({name}.png)") for name in ("fig1b_field", "fig4a_entropy", "fig02_training")]
+    assert places == sorted(places) and text.count("![") == 3
+    assert "### Figure 1b\n" in text and "### fig02_training\n" in text
+    assert "See fig4a_entropy. (Notebook [05](../../notebooks/05_spectral_signatures.ipynb).)" in text
+
+
+def test_the_committed_readme_is_what_the_committed_figures_say():
+    text = (PROJECT / "README.md").read_text()
+    assert readme.rendered(text, PROJECT) == text
+
+
+@pytest.mark.parametrize("ledger", GALLERIES, ids=lambda path: path.parent.name)
+def test_a_committed_gallery_is_what_the_figures_beside_it_say(ledger):
+    assert (ledger.parent / "README.md").read_text() == readme.gallery(ledger.parent)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [PROJECT / "README.md", *(path.parent / "README.md" for path in GALLERIES)],
+    ids=lambda path: path.parent.name,
+)
+def test_every_picture_and_notebook_that_a_page_links_to_exists(path):
+    linked = {part.split(")")[0].split("#")[0] for part in path.read_text().split("](")[1:]}
+    local = {link for link in linked if link and "://" not in link}
+    assert any(link.endswith(".png") for link in local)
+    assert [link for link in sorted(local) if not (path.parent / link).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert len((PROJECT / "README.md").read_bytes()) <= 12 * 1024

@@ -1,0 +1,293 @@
+"""Run a notebook headlessly with papermill: `python -m tools.headless <name> --profile atlas`.
+
+The executed notebook appears in build/<profile>/ only when every cell has run. Until then it is `<name>.partial.ipynb`,
+beside `<name>.log` with all that the cells printed; both stay after a failure. Cells whose tags do not apply to the
+profile (`facts`) are neither run nor shown.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from functools import cache, reduce
+from pathlib import Path
+from typing import TextIO
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from helpers import places, profiles
+from helpers.data import catalogue, naming
+from helpers.profiles import EMBEDDED, Profile
+from helpers.world import grammar
+
+NOTEBOOKS = places.PROJECT / "notebooks"
+DEFAULT_PROFILE = "atlas"
+PAPERMILL_TAGS = ("parameters", "injected-parameters")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+SHOWN_LINES = 12  # of a failed cell
+SHOWN_ERROR_LINES = 6  # of what it raised
+
+
+class Tee:
+    """Writes to the terminal and to a log."""
+
+    def __init__(self, *streams: TextIO):
+        self.streams = streams
+
+    def write(self, text: str) -> None:
+        for stream in self.streams:
+            stream.write(text)
+
+    def flush(self) -> None:
+        for stream in self.streams:
+            stream.flush()
+
+
+def applies(tags: Iterable[str], profile: Profile) -> bool:
+    """Whether a cell with these tags is about a study: every tag must be true of its profile (`facts`).
+
+    Raises ValueError for a tag that is not known.
+    """
+    known = facts(profile)
+    for tag in tags:
+        if tag not in known and tag not in PAPERMILL_TAGS:
+            raise ValueError(f"A cell has the unknown tag {tag!r}: there are {', '.join([*known, *PAPERMILL_TAGS])}.")
+    return all(known.get(tag, True) for tag in tags)
+
+
+@cache
+def facts(profile: Profile) -> dict[str, bool]:
+    """What a cell's tag asks of a study, from its profile alone."""
+    from_elsewhere, atlas = naming.source_of(profile.data) is not None, profile.data.startswith(catalogue.ATLAS)
+    about_tone = atlas and grammar.are_about_tone(catalogue.families(profile.data))
+    several = len(catalogue.compared(profile.data, bool(profile.dpo_model))) > 1
+    return {
+        "organism": profile.model == EMBEDDED,  # the base is pretrained here
+        "real": profile.model != EMBEDDED,
+        "facts": about_tone,  # known by rule
+        "words": about_tone or not (atlas or from_elsewhere),  # that ask for the behaviour
+        "trained": not profile.dpo_model,  # the partner, here
+        "ready": bool(profile.dpo_model),
+        "families": several,  # are compared
+        "alone": not several,
+        "atlas": atlas,  # where pairs come from
+        "stories": not (atlas or from_elsewhere),
+        "pairs": from_elsewhere,
+        "float16": profile.dtype in ("bfloat16", "float16"),
+    }
+
+
+def about(notebook: NotebookNode, profile: Profile) -> NotebookNode:
+    """The notebook without the cells that do not apply to a study."""
+    notebook.cells = [cell for cell in notebook.cells if applies(cell.metadata.get("tags", ()), profile)]
+    return notebook
+
+
+def prepare(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -> None:
+    """Write notebooks/<name>.ipynb as `run` would run it into a folder, and do not run it."""
+    notebook = about(load_notebook_node(str(NOTEBOOKS / f"{name}.ipynb")), profile)
+    notebook = parameterize_notebook(notebook, parameters) if parameters else notebook
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(tidied(notebook), folder / f"{name}.ipynb")
+
+
+def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -> Path:
+    """Execute notebooks/<name>.ipynb and return the finished copy in `folder`. Raises PapermillExecutionError.
+
+    parameters: those that differ from the notebook's own, so that a default run needs no injected cell.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finished, partial, log = (folder / f"{name}{end}" for end in (".ipynb", ".partial.ipynb", ".log"))
+    finished.unlink(missing_ok=True)
+    nbformat.write(about(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4), profile), partial)
+    with log.open("w") as file:
+        papermill.execute_notebook(
+            partial, partial, parameters, cwd=NOTEBOOKS, progress_bar=False,
+            stdout_file=Tee(file), stderr_file=Tee(sys.stderr, file),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its unencrypted port, on loopback
+        )  # fmt: skip
+    notebook = nbformat.read(partial, as_version=4)
+    _check_that_all_ran(notebook)
+    nbformat.write(tidied(notebook), partial)
+    partial.rename(finished)
+    return finished
+
+
+def _check_that_all_ran(notebook: NotebookNode) -> None:
+    """Raise PapermillExecutionError for a cell that left early: papermill takes sys.exit(0) for success."""
+    for i, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                raise PapermillExecutionError(
+                    i, cell.execution_count, cell.source, output.ename, output.evalue, output.traceback
+                )
+
+
+def tidied(notebook: NotebookNode) -> NotebookNode:
+    """Drop what should not be kept, or would differ between two runs: progress bars, timings and paths in the metadata,
+    addresses in memory, where a stream was cut in two. Warnings and errors stay."""
+    notebook.metadata = {
+        key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata
+    }
+    for cell in notebook.cells:
+        cell.metadata = {key: cell.metadata[key] for key in ("tags",) if cell.metadata.get(key)}
+        if cell.cell_type == "code":
+            kept = [output for output in map(_without_bars, cell.outputs) if output is not None]
+            cell.outputs = reduce(_joined, map(_without_address, kept), [])
+    return notebook
+
+
+def _joined(outputs: list[NotebookNode], output: NotebookNode) -> list[NotebookNode]:
+    """The outputs with one more, added to the last where both are of one stream."""
+    last = outputs[-1] if outputs else None
+    if last and last.output_type == output.output_type == "stream" and last.name == output.name:
+        last.text += output.text
+        return outputs
+    return [*outputs, output]
+
+
+def _without_address(output: NotebookNode) -> NotebookNode:
+    """An object without a text of its own is shown with its address beside a richer form."""
+    shown = output.get("data", {})
+    if "text/plain" in shown:
+        shown["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", shown["text/plain"])
+    return output
+
+
+def _without_bars(output: NotebookNode) -> NotebookNode | None:
+    if WIDGET in output.get("data", {}):  # a library's own bar: an empty box where no kernel runs
+        return None
+    if output.output_type != "stream" or output.name != "stderr":
+        return output
+    pieces = re.split(r"[\r\n]+", output.text)
+    kept = [piece for piece in pieces if piece.strip() and not re.search(r"\d+%\|.*\[.*\]", piece)]
+    output.text = "\n".join(kept)
+    return output if kept else None
+
+
+def explain(name: str, error: PapermillExecutionError, folder: Path) -> str:
+    """What failed, in one screen."""
+    lines = [
+        f"Notebook {name} failed in code cell {error.exec_count}:",
+        "",
+        *(f"    {line}" for line in _first_lines(error.source.strip(), SHOWN_LINES)),
+        "",
+        *_first_lines(f"{error.ename}: {error.evalue}", SHOWN_ERROR_LINES),
+        "",
+        _what_is_kept(name, folder),
+    ]
+    return "\n".join(lines)
+
+
+def _what_is_kept(name: str, folder: Path) -> str:
+    return (
+        f"All that it printed: {_relative(folder / name)}.log\n"
+        f"All that it had run: {_relative(folder / name)}.partial.ipynb\n"
+        "What was computed before is kept: mend the cause and run the same command again."
+    )
+
+
+def _first_lines(text: str, n: int) -> list[str]:
+    lines = text.splitlines()
+    return lines if len(lines) <= n else [*lines[:n], "..."]
+
+
+def publish(names: list[str], folder: Path) -> None:
+    """Put what executed notebooks show into their sources, so that the committed ones carry the outputs of a real run.
+
+    A cell that did not run, since it is about other studies, stays without outputs. The executed copies are touched
+    afterwards, since nothing in them is out of date.
+    """
+    for name in names:
+        source, executed = (nbformat.read(at / f"{name}.ipynb", as_version=4) for at in (NOTEBOOKS, folder))
+        ran = {cell.id: cell for cell in executed.cells}
+        if any(cell.source != ran[cell.id].source for cell in source.cells if cell.id in ran):
+            raise ValueError(f"Notebook {name} was changed after it ran: run it again.")
+        for i, cell in enumerate(source.cells):
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+            source.cells[i] = ran.get(cell.id, cell)
+        source.metadata = executed.metadata
+        nbformat.write(source, NOTEBOOKS / f"{name}.ipynb")
+        (folder / f"{name}.ipynb").touch()
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(places.PROJECT)) if path.is_relative_to(places.PROJECT) else str(path)
+
+
+def main() -> int:
+    given = _arguments()
+    try:
+        profile = profiles.load(given.profile, given.model, given.data, given.dpo_model)
+        if given.publish and profile != profiles.load(DEFAULT_PROFILE):
+            raise ValueError(f"Only a run of the {DEFAULT_PROFILE} profile as it is can be published.")
+        folder = places.PROJECT / "build" / Path(given.profile).name.removesuffix(".toml")  # make's name for it
+        if given.publish:
+            publish(given.names, folder)
+        for name in given.names if given.prepare else ():
+            prepare(name, profile, _parameters(given), Path(given.prepare))
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if given.publish or given.prepare:
+        return 0
+    for name in ("TOXICITY_MODEL", "TRUTHFULQA"):
+        if name in os.environ:
+            os.environ[name] = profiles.resolved(os.environ[name])
+    return next((code for name in given.names if (code := _reported(name, profile, _parameters(given), folder))), 0)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", help="notebooks, without .ipynb")
+    parser.add_argument("--profile", default=DEFAULT_PROFILE)
+    parser.add_argument("--model", default="", help="replaces the profile's model: a hub id or a folder")
+    parser.add_argument("--dpo-model", default="", help="replaces its partner: a ready one, a hub id or a folder")
+    parser.add_argument("--data", default="", help="replaces the profile's preference data")
+    parser.add_argument("--publish", action="store_true", help="put what they showed into their sources instead")
+    parser.add_argument("--prepare", metavar="FOLDER", help="write the notebooks as they would run there instead")
+    return parser.parse_args()
+
+
+def _parameters(given: argparse.Namespace) -> dict[str, str]:
+    """What notebooks are told: names of profiles and hub ids as they are, paths absolute."""
+    named = profiles.resolved(given.profile) if given.profile.endswith(".toml") else given.profile
+    chosen = {"MODEL": given.model, "DPO_MODEL": given.dpo_model, "DATA": given.data}
+    wanted = {"PROFILE": named} | {name: profiles.resolved(value) for name, value in chosen.items()}
+    return {key: value for key, value in wanted.items() if value not in ("", DEFAULT_PROFILE)}
+
+
+def _reported(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -> int:
+    """Run a notebook, say how it went, and return the exit status of that."""
+    started = time.monotonic()
+    print(f"{name} ({profile.name}) ...", file=sys.stderr, flush=True)
+    try:
+        run(name, profile, parameters, folder)
+    except PapermillExecutionError as error:
+        print(explain(name, error, folder), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nStopped in notebook {name}.\n{_what_is_kept(name, folder)}", file=sys.stderr)
+        return 130
+    except DeadKernelError:
+        print(f"Notebook {name} stopped: its kernel died, most often for want of memory.", file=sys.stderr)
+        print(_what_is_kept(name, folder), file=sys.stderr)
+        return 1
+    except ValueError as error:  # a cell's unknown tag
+        print(f"Notebook {name}: {error}", file=sys.stderr)
+        return 2
+    print(f"{name} ({profile.name}) done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

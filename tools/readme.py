@@ -1,0 +1,113 @@
+"""Write what follows from figures/ alone, `python -m tools.readme` (or `make readme`): README.md's scorecards and each
+profile's gallery, figures/<profile>/README.md."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from helpers import claims, places
+
+DEFAULT_PROFILE = "atlas"
+PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
+
+
+def rendered(text: str, root: Path) -> str:
+    """The README's text with every block between `<!-- name -->` and `<!-- /name -->` written anew.
+
+    Raises ValueError for a block whose markers are not there exactly once.
+    """
+    ledger = _ledger(root / "figures" / DEFAULT_PROFILE)
+    blocks = {"scorecard": scorecard(ledger, claims.CLAIMS), "ours": scorecard(ledger, claims.OURS)}
+    for name, block in blocks.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, found = re.subn(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"README.md must hold the markers of the block {name!r} exactly once, found {found}.")
+    return text
+
+
+def scorecard(ledger: dict[str, dict], asked: Iterable[str]) -> str:
+    """A row a claim: which, what it says in plain words, what was measured, the verdict and what a reader of it has to
+    know."""
+    lines = ["| Claim | It says | Measured | Verdict |", "|---|---|---|---|"]
+    for name in asked:
+        if name in ledger:
+            caveat = claims.filled(claims.ALL[name].caveat, ledger)
+            verdict = f"**{ledger[name]['verdict']}**" + (f": {caveat}" if caveat else "")
+            lines.append(
+                _row(name, claims.ALL[name].plain, f"{claims.ALL[name].quantity} {_measured(ledger[name])}", verdict)
+            )
+    return "\n".join(lines)
+
+
+def gallery(folder: Path) -> str:
+    """A profile's page: all claims with their controls, and every figure with its caption, the paper's first."""
+    names = sorted(path.stem for path in folder.glob("fig*.json"))
+    ordered = [n for n in names if n.startswith(PAPER)] + [n for n in names if not n.startswith(PAPER)]
+    figures = "\n".join(_figure(name, json.loads((folder / f"{name}.json").read_text())) for name in ordered)
+    return (
+        f"# What `make figures PROFILE={folder.name}` drew\n\nWritten by `make readme` from the files beside it.\n\n"
+        f"## Claims\n\n{claims_table(_ledger(folder))}\n\n## Figures\n\n{figures}"
+    )
+
+
+def claims_table(ledger: dict[str, dict]) -> str:
+    """A row a claim: what is claimed, where it is tested, what was measured beside which controls, the verdict."""
+    head = _row("Claim", "Statement", "Notebook", "Figure", "Measured", "Predicted", "Verdict")
+    return "\n".join([head, "|---" * 7 + "|", *(_whole(name, entry) for name, entry in ledger.items())])
+
+
+def _whole(name: str, entry: dict) -> str:
+    controls = "; ".join(f"{key}: {_number(value)}" for key, value in entry["controls"].items())
+    measured = f"{entry['metric']}: **{_measured(entry)}**"
+    if len(entry["by_seed"]) > 1:
+        measured += f", seeds {', '.join(map(_number, entry['by_seed']))}"
+    measured += f", n = {entry['n']}" + (f"<br><sub>{controls}</sub>" if controls else "")
+    low, high = entry["prediction"]
+    region = f"{'−∞' if low is None else _number(low)} to {'∞' if high is None else _number(high)}"
+    figure = f"[{entry['figure']}]({entry['figure']}.png)"
+    claim = f"{name} (§ {entry['section']})"
+    return _row(claim, entry["statement"], _link(entry["notebook"]), figure, measured, region, entry["verdict"])
+
+
+def _figure(name: str, about: dict) -> str:
+    title = name.split("_")[0].replace("fig", "Figure ") if name.startswith(PAPER) else name
+    return f"### {title}\n\n![{name}]({name}.png)\n\n{about['caption']} (Notebook {_link(about['notebook'])}.)\n"
+
+
+def _link(notebook: str) -> str:
+    return f"[{notebook[:2]}](../../notebooks/{notebook}.ipynb)"
+
+
+def _ledger(folder: Path) -> dict[str, dict]:
+    path = folder / "claims.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _measured(entry: dict) -> str:
+    """The value with its interval, where it has one."""
+    interval = f" [{_number(entry['ci_low'])}, {_number(entry['ci_high'])}]"
+    return _number(entry["value"]) + (interval if entry["ci_low"] < entry["ci_high"] else "")
+
+
+def _number(value: float) -> str:
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
+
+
+def main() -> None:
+    root = places.PROJECT
+    for path in sorted((root / "figures").glob("*/claims.json")):
+        (path.parent / "README.md").write_text(gallery(path.parent))
+    readme = root / "README.md"
+    readme.write_text(rendered(readme.read_text(), root))
+
+
+if __name__ == "__main__":
+    main()
