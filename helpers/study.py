@@ -239,8 +239,8 @@ class Study(Subject):
     def _rank_k(self, site: str, position: str) -> tuple[Tensor, pd.DataFrame]:
         """What the arms of rank-k steering add at a site, (arms, N, d), and the `kind` and `k` of each. The linear map
         reads the prompt's last token, whatever position the displacements are measured at."""
-        read = [self.states(split)["base", site, "prompt_last"] for split in ("heldin", "heldout")]
         moved = [self.displacements(split, site, position) for split in ("heldin", "heldout")]
+        read = [self.states(split)["base", site, "prompt_last"] for split in ("heldin", "heldout")]
         deltas = rank_k_deltas(read[0], moved[0], read[1], moved[1])
         ks = spectra.ranks(moved[0].shape[1])
         arms = pd.DataFrame([(kind, k) for kind in spectra.KINDS for k in ks], columns=["kind", "k"])

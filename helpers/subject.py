@@ -12,9 +12,9 @@ from typing import Self
 import numpy as np
 
 from helpers import profiles
-from helpers.data import tasks
+from helpers.data import catalogue, tasks
 from helpers.data.preferences import PreferencePair
-from helpers.lm import architecture, loading
+from helpers.lm import architecture, encoding, loading
 from helpers.lm.batches import Tokens
 from helpers.lm.recipe import Recipe
 from helpers.lm.training import TrainingPair
@@ -27,6 +27,8 @@ from helpers.stages.organism import organism
 from helpers.stages.partner import partner, train_within_memory
 from helpers.stages.reference import base_logps
 from helpers.stages.trials import Trial
+from helpers.world import atlas
+from helpers.world.question import Question
 
 
 class Subject:
@@ -91,6 +93,18 @@ class Subject:
     def wordings(self, split: str) -> np.ndarray:
         """The wording that each prompt of a split shares with others, (N,): what an interval over prompts resamples."""
         return np.array([self.task.wording(pair) for pair in self.pairs[split]])
+
+    def before_value(self, question: Question) -> tuple[Tokens, str]:
+        """A question with its plain answer up to the value's first telling word, as a prompt, and that word."""
+        start, word = self.task.before_value(question)
+        answers = (atlas.plain_answer(question), start)
+        whole, part = (encoding.encode(self.lm.tokenizer, question.text, answer).ids for answer in answers)
+        return Tokens(whole[: next(i for i, (a, b) in enumerate(zip(whole, part)) if a != b)]), word
+
+    @cached_property
+    def compared(self) -> dict[str, str]:
+        """{name: data} of the preferences on this base that its own can be compared with, the constant ones first."""
+        return catalogue.compared(self.profile.data, bool(self.profile.dpo_model))
 
     @cached_property
     def training_pairs(self) -> list[TrainingPair]:

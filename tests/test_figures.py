@@ -225,7 +225,7 @@ def test_an_end_that_rounding_put_past_its_value_is_drawn_and_one_that_is_not_th
     figures.use_style()
     axes = plt.subplots()[1]
     figures.rows(axes, [Estimate(0.5, 0.5 + 1e-16, 0.5), Estimate(*[float("nan")] * 3)], [0, 1], "dpo")
-    ends = [path.get_segments() for path in axes.collections][0]
+    ends = axes.collections[0].get_segments()
     assert np.ptp(ends[0][:, 0]) == pytest.approx(0) and len(axes.lines[0].get_xdata()) == 2
 
 

@@ -1,10 +1,12 @@
 """A reader's own checkpoint and preference data go through notebooks 02 to 05 in the smoke profile.
 
-Two of the architectures, which differ in all that a page can depend on: norms, special tokens, a chat template, prompts
-that are conversations. What a study finds of each architecture is held against plain forward passes elsewhere.
+Two pages on each of two architectures, which differ in all that a page can depend on: norms, special tokens, a chat
+template, prompts that are conversations. What a study finds of each architecture is held against plain forward passes
+elsewhere.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -19,20 +21,28 @@ from helpers import places, profiles
 from helpers.stages import artifacts
 from tools import headless
 
-NOTEBOOKS = ("02_dpo_lora", "03_steering_vector", "04_add_subtract", "05_spectral_signatures")
-FIGURES = {
-    "fig02_recipes", "fig02_training", "fig1a_projection", "fig3_cosines", "fig03_layers", "fig1c_clouds",
-    "fig03_tokens", "fig2a_adding", "fig2b_subtracting", "fig04_shares", "fig04_open_text", "fig04_layers",
-    "fig4a_entropy", "fig4b_singular_values", "fig05_example_mass",
+PAGES = {  # of a model type: its notebooks, their figures and the claims that they judge
+    "gpt2": {
+        "02_dpo_lora": ({"fig02_recipes", "fig02_training", "fig1a_projection"}, {"C3"}),
+        "03_steering_vector": ({"fig3_cosines", "fig03_layers", "fig1c_clouds", "fig03_tokens"}, {"C4", "C5"}),
+    },
+    "gemma": {
+        "04_add_subtract": (
+            {"fig2a_adding", "fig2b_subtracting", "fig04_shares", "fig04_open_text", "fig04_layers"}, set(),
+        ),
+        "05_spectral_signatures": (
+            {"fig4a_entropy", "fig4b_singular_values", "fig05_example_mass"}, {"C8", "C9", "C10"},
+        ),
+    },
 }  # fmt: skip
 MAY_BE_ABSENT = {"fig04_shares", "fig04_layers"}  # shares of a way, where DPO has gone none
 TOKEN = "hf_planted7b31e0"
 
 
-def write_notebook(folder: Path, given: dict[str, str]) -> None:
+def write_notebook(folder: Path, names: Iterable[str], given: dict[str, str]) -> None:
     """The notebooks as one, so that libraries are imported once; none sees what another one has defined."""
     read = []
-    for name in NOTEBOOKS:
+    for name in names:
         headless.prepare(name, profiles.load("smoke", given["MODEL"], given["DATA"]), given, folder / "parts")
         read.append(nbformat.read(folder / "parts" / f"{name}.ipynb", as_version=4))
     whole, *others = read
@@ -52,13 +62,18 @@ def judge():
     server.server_close()
 
 
-@pytest.fixture(scope="module", params=["gpt2", "gemma"])
-def folder(request, tmp_path_factory, tokenizer, judge):
+@pytest.fixture(scope="module", params=PAGES)
+def model_type(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(model_type, tmp_path_factory, tokenizer, judge):
     """Where the notebooks have been run, on a model of this type."""
-    folder = tmp_path_factory.mktemp(request.param)
-    write_inputs(folder, request.param, tokenizer)
+    folder = tmp_path_factory.mktemp(model_type)
+    write_inputs(folder, model_type, tokenizer)
     given = {"PROFILE": "smoke", "MODEL": str(folder / "model"), "DATA": str(folder / "pairs.jsonl")}
-    write_notebook(folder, given)
+    write_notebook(folder, PAGES[model_type], given)
     environment = {
         "JUDGE_BASE_URL": judge.url,
         "JUDGE_MODEL": "judge-1",
@@ -92,16 +107,19 @@ def absent(numbers, path=()):
             yield from absent(value, (*path, key))
 
 
-def test_every_figure_is_there_with_finite_numbers(folder):
-    drawn = folder / "figures" / "smoke"
-    assert {path.stem for path in drawn.glob("*.png")} == FIGURES
-    about = {name: json.loads((drawn / f"{name}.json").read_text()) for name in FIGURES}
-    assert {about[name]["notebook"] for name in FIGURES} == set(NOTEBOOKS)
-    lacking = {(name, path[0]) for name in FIGURES for path in absent(about[name]["numbers"])}
+def test_every_figure_is_there_with_finite_numbers(folder, model_type):
+    drawn, pages = folder / "figures" / "smoke", PAGES[model_type]
+    about = {path.stem: json.loads(path.with_suffix(".json").read_text()) for path in drawn.glob("*.png")}
+    assert {name: {f for f in about if about[f]["notebook"] == name} for name in pages} == {
+        name: figures for name, (figures, _) in pages.items()
+    }
+    lacking = {(name, path[0]) for name in about for path in absent(about[name]["numbers"])}
     assert lacking <= {(name, column) for name in MAY_BE_ABSENT for column in ("share", "value", "low", "high")}
-    assert {"C3", "C4", "C5", "C8", "C9", "C10"} <= json.loads((drawn / "claims.json").read_text()).keys()
+    judged = json.loads((drawn / "claims.json").read_text()).keys()
+    assert judged == set().union(*(claims for _, claims in pages.values()))
 
 
+@pytest.mark.parametrize("model_type", ["gemma"], indirect=True)
 def test_dose_0_of_the_figure_is_the_base(folder):
     """Nothing more is computed here than the notebooks did."""
     numbers = json.loads((folder / "figures" / "smoke" / "fig2a_adding.json").read_text())["numbers"]
@@ -113,6 +131,7 @@ def test_dose_0_of_the_figure_is_the_base(folder):
         assert drawn[metric][0] == pytest.approx(base[metric].mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["gemma"], indirect=True)
 def test_the_judge_was_asked_and_neither_its_key_nor_the_hub_s_token_is_left_anywhere(folder, judge):
     """In no artefact, figure, notebook or log."""
     assert {headers["authorization"] for _, headers in judge.headers} == {f"Bearer {KEY}"}

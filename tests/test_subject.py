@@ -15,6 +15,7 @@ from helpers.lm import architecture, training
 from helpers.lm.recipe import Recipe
 from helpers.stages import artifacts, parallel
 from helpers.stages.artifacts import NotCached
+from helpers.stages.states import states
 from helpers.study import Study
 
 close = torch.testing.assert_close
@@ -40,7 +41,8 @@ def test_a_variant_has_the_same_base_and_pairs_and_another_partner(trained):
     assert other.profile == PROFILE.changed(recipes=(RECIPE.changed(labels="reversed", rank=2),))
     with artifacts.nothing_made():
         assert (other.source, other.pairs) == (trained.source, trained.pairs)
-        assert other._states("base", "heldin") == trained._states("base", "heldin")
+        kept = [states(study.lm.role("base"), study.encoded("heldin")[0]) for study in (other, trained)]
+        assert kept[0] == kept[1]
         assert other.answers("base", "heldout").equals(trained.answers("base", "heldout"))
         for ask in (lambda s: s.chosen.adapter, lambda s: s.answers("dpo", "heldout"), lambda s: s.states("heldin")):
             with pytest.raises(NotCached):

@@ -1,5 +1,5 @@
-"""Write what follows from figures/ alone, `python -m tools.readme` (or `make readme`): README.md's scorecards and each
-profile's gallery, figures/<profile>/README.md."""
+"""Write what follows from figures/ alone (`make readme`): README.md's answers and scorecard, and every profile's
+gallery, figures/<profile>/README.md."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from helpers import claims, places
 
 DEFAULT_PROFILE = "atlas"
+NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
 PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
 
 
@@ -17,8 +18,10 @@ def rendered(text: str, root: Path) -> str:
 
     Raises ValueError for a block whose markers are not there exactly once.
     """
-    ledger = _ledger(root / "figures" / DEFAULT_PROFILE)
-    blocks = {"scorecard": scorecard(ledger, claims.CLAIMS), "ours": scorecard(ledger, claims.OURS)}
+    folder = root / "figures" / DEFAULT_PROFILE
+    ledger = _ledger(folder)
+    ours = f"What the paper leaves open, by predictions of our own:\n\n{scorecard(ledger, claims.OURS)}"
+    blocks = {"answers": answers(folder), "scorecard": f"{scorecard(ledger, claims.CLAIMS)}\n\n{ours}"}
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
@@ -39,6 +42,16 @@ def scorecard(ledger: dict[str, dict], asked: Iterable[str]) -> str:
                 _row(name, claims.ALL[name].plain, f"{claims.ALL[name].quantity} {_measured(ledger[name])}", verdict)
             )
     return "\n".join(lines)
+
+
+def answers(folder: Path) -> str:
+    """What the four models say to one prompt at dose 1, as the figure of one prompt has it."""
+    drawn = [json.loads(path.read_text()) for path in sorted(folder.glob("fig*.json"))]
+    (about,) = [about for about in drawn if {"answers", "doses"} <= about["numbers"].keys()]
+    at = about["numbers"]["doses"].index(1.0)
+    prompt = re.search(r"prompt \((.*?)\) at", about["caption"])[1]
+    lines = [_row(name, about["numbers"]["answers"][role][at]) for role, name in NAMES.items()]
+    return "\n".join([_row("Model", prompt), "|---|---|", *lines])
 
 
 def gallery(folder: Path) -> str:

@@ -21,6 +21,7 @@ from helpers.lm.recipe import Recipe
 
 disable_progress_bars()  # datasets' own bars; ours say what takes long
 
+
 class TrainingPair(NamedTuple):
     """A chosen and a rejected answer to one prompt, and the base's log-probabilities of the two, in nats."""
 

@@ -29,6 +29,12 @@ class Trial:
         return None if self.recipe is None else pd.read_csv(self.adapter.path / "log.csv")
 
     @property
+    def loss_terms(self) -> dict[str, float]:
+        """The mean loss of its last ten training steps, and its sigmoid term at their mean margins, nats."""
+        last = self.log.tail(10)
+        return {"loss": last["loss"].mean(), "its sigmoid term": np.logaddexp(0, -last["rewards/margins"]).mean()}
+
+    @property
     def processes(self) -> int:
         """How many processes trained it together."""
         parts = self.adapter.path / "parts.json"
@@ -97,7 +103,7 @@ def _origin(trial: Trial) -> str:
     if trial.processes > 1:  # one process would have rounded otherwise
         text += f", trained by {trial.processes} processes together"
     if recipe.nll_weight:
-        terms = loss_terms(trial)
+        terms = trial.loss_terms
         text += (
             f", plus {recipe.nll_weight:g} × the negative log-likelihood of the chosen answers. Over the last ten "
             f"steps the loss is {terms['loss']:.2f}; the sigmoid term at their mean margins is "
@@ -105,9 +111,3 @@ def _origin(trial: Trial) -> str:
             "partners trained on either term alone"
         )
     return text
-
-
-def loss_terms(trial: Trial) -> dict[str, float]:
-    """The mean loss of a trained partner's last ten steps, and its sigmoid term at their mean margins, nats."""
-    last = trial.log.tail(10)
-    return {"loss": last["loss"].mean(), "its sigmoid term": np.logaddexp(0, -last["rewards/margins"]).mean()}

@@ -20,7 +20,6 @@ from trl import DPOConfig, DPOTrainer
 from helpers import gradients
 from helpers.lm import encoding, likelihoods, loading, training
 from helpers.lm.batches import Tokens
-from helpers.lm.recipe import Recipe
 from helpers.lm.recipe import LABELS, Recipe
 from helpers.lm.training import TrainingPair
 from helpers.world import atlas

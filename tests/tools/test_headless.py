@@ -9,6 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
 
 from helpers import places, profiles
+from helpers.data import tasks
 from tools import headless
 
 ATLAS = profiles.load("atlas")

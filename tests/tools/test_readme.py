@@ -10,7 +10,7 @@ from helpers.places import PROJECT
 from tools import readme
 
 ATLAS = profiles.load("atlas")
-MARKERS = ("scorecard", "ours")
+MARKERS = ("answers", "scorecard")
 TEXT = "# Title\n" + "\n".join(f"<!-- {name} -->\nold {name}\n<!-- /{name} -->" for name in MARKERS) + "\nThe end.\n"
 GALLERIES = sorted((PROJECT / "figures").glob("*/claims.json"))
 
@@ -29,6 +29,10 @@ def root(tmp_path, monkeypatch):
     for figure in ("fig4a_entropy", "fig02_training", "fig1b_field"):
         about = {"caption": f"See {figure}.", "notebook": "05_spectral_signatures", "claims": [], "numbers": {}}
         (tmp_path / "figures" / "atlas" / f"{figure}.json").write_text(json.dumps(about))
+    said = {role: [f"{role} says {i} | too" for i in range(3)] for role in ("dpo", "base", "steered", "desteered")}
+    about = {"caption": "One held-out prompt (Who (if any)?) at three doses.", "notebook": "09_explorer", "claims": []}
+    about["numbers"] = {"answers": said, "doses": [0.0, 1.0, 2.0]}
+    (tmp_path / "figures" / "atlas" / "fig09_prompt.json").write_text(json.dumps(about))
     return tmp_path
 
 
@@ -43,8 +47,9 @@ def cells(row):
 def test_every_block_is_written_anew_and_nothing_else_changes(root):
     text = readme.rendered(TEXT, root)
     assert text.startswith("# Title\n") and text.endswith("\nThe end.\n") and "old" not in text
-    rows = {name: [cells(row)[0] for row in block(text, name).splitlines()[2:]] for name in MARKERS}
-    assert rows == {"scorecard": ["C1", "C9", "C12"], "ours": ["E1"]}
+    names = [cells(row)[0] for row in block(text, "scorecard").splitlines() if row.startswith("| ")]
+    assert names == ["Claim", "C1", "C9", "C12", "Claim", "E1"]
+    assert block(text, "answers") == readme.answers(root / "figures" / "atlas")
     assert readme.rendered(text, root) == text
 
 
@@ -55,6 +60,14 @@ def test_a_missing_or_doubled_marker_is_named(root, name):
             readme.rendered(text, root)
     with pytest.raises(ValueError, match=f"'{name}' exactly once, found 0"):
         readme.rendered(TEXT.replace(f"<!-- {name} -->", ""), root)
+
+
+def test_one_prompt_is_answered_by_the_four_models_at_dose_1(root):
+    head, _, *rows = readme.answers(root / "figures" / "atlas").splitlines()
+    assert cells(head) == ["Model", "Who (if any)?"]
+    said = [cells(row) for row in rows]
+    assert [text for _, text in said] == [f"{role} says 1 ¦ too" for role in ("base", "steered", "desteered", "dpo")]
+    assert [name for name, _ in said] == ["base", r"base + v\*", r"DPO − v\*", "DPO"]
 
 
 def test_a_row_of_the_scorecard_says_what_was_measured_and_the_verdict_with_its_caveat(root):
@@ -91,7 +104,7 @@ def test_a_bar_in_a_statement_does_not_end_its_cell(root):
 def test_a_profile_s_page_shows_the_papers_figures_first_each_with_its_caption(root):
     text = readme.gallery(root / "figures" / "atlas")
     places = [text.index(f"![{name}]({name}.png)") for name in ("fig1b_field", "fig4a_entropy", "fig02_training")]
-    assert places == sorted(places) and text.count("![") == 3
+    assert places == sorted(places) and text.count("![") == 4
     assert "### Figure 1b\n" in text and "### fig02_training\n" in text
     assert "See fig4a_entropy. (Notebook [05](../../notebooks/05_spectral_signatures.ipynb).)" in text
 
