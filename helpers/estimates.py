@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
+from tqdm import tqdm
 
 RESAMPLES = 2000
 REACHED = 0.8  # of the way: what a direction count must recover to be called enough
@@ -114,7 +115,9 @@ def jackknife_interval(statistic: Callable[[np.ndarray], Sequence[float]], group
     member = np.unique(groups, return_inverse=True)[1]
     rows, g = np.arange(len(member)), member.max() + 1
     by_seed = np.atleast_1d(statistic(rows))
-    without = np.array([np.mean(statistic(rows[member != i])) for i in range(g)])
+    # a spectrum of a large model's states takes long; what takes a moment shows no bar
+    left_out = tqdm(range(g), desc="jackknife, wordings left out", leave=False, delay=2)
+    without = np.array([np.mean(statistic(rows[member != i])) for i in left_out])
     error = np.sqrt((g - 1) / g * np.square(without - without.mean()).sum()) * stats.t.ppf(0.975, g - 1)
     return _over_seeds(by_seed, error, error)
 
