@@ -46,7 +46,7 @@ def test_every_built_in_profile_is_valid(name):
     profile = profiles.load(name)
     assert profile.name == name
     assert {0.0, 1.0} <= set(profile.doses) and list(profile.doses) == sorted(profile.doses)
-    assert profile.recipes and 0 < profile.health.max_fact_loss < 1
+    assert profile.recipes and 0 < profile.health.max_fact_loss <= 1
     assert catalogue.is_known(profile.data)
 
 

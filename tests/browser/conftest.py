@@ -1,4 +1,4 @@
-"""A JupyterLab on loopback with a tiny study's artefacts, and pages of it in headless Chromium."""
+"""A JupyterLab on loopback with a small study's artefacts, and pages of it in headless Chromium."""
 
 import itertools
 import json
@@ -16,6 +16,8 @@ import nbformat
 import pytest
 
 from helpers import places, study
+from helpers.stages import artifacts
+from tools import headless
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOKEN = "loopback"
@@ -25,48 +27,26 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # there is no network
     "notebook-extension/tracker": {"windowingMode": "none"},  # keep the cells that are out of sight on the page
 }
-# An organism that trains in seconds. What it says is no English, and other gibberish at another dose.
-PROFILE = """
-[organism]
-places = 20
-corpus = 6000
-vocabulary = 320
-width = 48
-layers = 2
-
-[sizes]
-heldin = 60
-validation = 6
-heldout = 24
-new_tokens = 24
-seeds = 1
-
-[[recipes]]
-learning_rate = 1e-2
-epochs = 2
-batch_size = 8
-rank = 4
-"""
+GIVEN = os.environ.get("DSTEER_BROWSER_PROFILE")  # another profile, whose artefacts are in the cache, for pictures
+PROFILE = GIVEN or "test"
+CACHE = artifacts.root() if GIVEN else places.PROJECT / "build" / "test" / "artifacts"  # where `make test` leaves them
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """The notebooks, their profile, and the artefacts that they read."""
+    """The notebooks about the profile, none of them run; the artefacts that they read are in the cache."""
     found = tmp_path_factory.mktemp("lab")
-    profile = os.environ.get("DSTEER_BROWSER_PROFILE")  # a profile whose artefacts are in the cache, for pictures
-    if not profile:
-        profile = str(found / "tiny.toml")
-        Path(profile).write_text(PROFILE)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DSTEER_ARTIFACTS", str(found / "artifacts"))
-            made = study.load(profile)
-            assert made.states("heldin") and made.states("heldout") and made.partner
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSTEER_ARTIFACTS", str(CACHE))
+        made = study.load(PROFILE)
+        assert made.caveat and made.replicates
+        made.measure()
     for name in NOTEBOOKS:
-        notebook = nbformat.read(places.PROJECT / "notebooks" / f"{name}.ipynb", as_version=4)
+        headless.prepare(name, made.profile, {"PROFILE": PROFILE}, found)
+        notebook = nbformat.read(found / f"{name}.ipynb", as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
-                cell.source = cell.source.replace('PROFILE = "atlas"', f"PROFILE = {profile!r}")
         nbformat.write(notebook, found / f"{name}.ipynb")
     return found
 
@@ -86,9 +66,7 @@ def lab(folder):
         path = Path(own["JUPYTERLAB_SETTINGS_DIR"], "@jupyterlab", f"{plugin}.jupyterlab-settings")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(settings))
-    own["DSTEER_FIGURES"] = str(folder / "figures")
-    if "DSTEER_BROWSER_PROFILE" not in os.environ:
-        own["DSTEER_ARTIFACTS"] = str(folder / "artifacts")
+    own |= {"DSTEER_FIGURES": str(folder / "figures"), "DSTEER_ARTIFACTS": str(CACHE)}
     command = [
         sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
         f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder}",

@@ -10,10 +10,11 @@ from conftest import tiny
 
 from helpers import profiles
 from helpers.data import stories
+from helpers.data.naming import CONDITIONAL, PLAIN
 from helpers.data.preferences import SPLITS, PreferencePair, encode_pairs, pair_from
 from helpers.data.sentiment import sentiment
 from helpers.data.sizes import Sizes
-from helpers.data.stories import CONDITIONAL, PLAIN, StoryTask
+from helpers.data.stories import StoryTask
 from helpers.lm.encoding import encode
 
 SIZES = Sizes(heldin=60, validation=20, heldout=30, new_tokens=12, samples_per_prompt=3)

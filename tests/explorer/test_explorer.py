@@ -12,8 +12,9 @@ import torch
 from studied import PROFILE
 
 from helpers.data.atlas_task import AtlasTask
+from helpers.data.naming import PLAIN
 from helpers.data.sizes import Sizes
-from helpers.data.stories import PLAIN, StoryTask
+from helpers.data.stories import StoryTask
 from helpers.explorer import explorer, panel
 from helpers.explorer.explorer import Explorer, Plane, Setting
 from helpers.lm import encoding
