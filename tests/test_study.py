@@ -1,6 +1,5 @@
 """A study's stages: computed once, the same from the cache, and equal to what plain forward passes give."""
 
-
 import numpy as np
 import pandas as pd
 import pytest
