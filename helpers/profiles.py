@@ -1,4 +1,4 @@
-"""A profile says what to study: the model, its preference data, the DPO recipes and how much to measure.
+"""A profile says what to study: the model, its preference data, the DPO recipe and how much to measure.
 
 A profile is data, a TOML file: the built-in ones are those in profiles/, and any other may extend one of them. Nothing
 in it can execute.
@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from helpers.data import catalogue, naming
 from helpers.data.sizes import Sizes
-from helpers.lm.recipe import Recipe
+from helpers.lm.recipe import Grid, Recipe
 from helpers.places import PROJECT
 from helpers.settings import Settings
 from helpers.stages.health import Health
@@ -38,7 +38,8 @@ class Profile(Settings):
     score: what judges answers where pairs come from elsewhere; on-policy pairs are its best and worst.
     device: "auto" is the first of cuda, mps and cpu that there is, "spread" accelerate's device map, for a model larger
     than one GPU. quantize: "4bit" is bitsandbytes'.
-    recipes: tried in this order on validation prompts; the first healthy one is taken.
+    recipe, grid: every recipe of the grid is tried on validation prompts; of those that keep what `health` asks for,
+    the one that moves the behaviour most is taken.
     doses: sorted.
     """
 
@@ -52,7 +53,8 @@ class Profile(Settings):
     device: Literal["cpu", "cuda", "mps", "auto", "spread"] = "cpu"
     quantize: Literal["", "4bit"] = ""
     organism: Organism = Organism()
-    recipes: Annotated[tuple[Recipe, ...], Field(strict=False, min_length=1)] = (Recipe(), Recipe(nll_weight=20.0))
+    recipe: Recipe = Recipe()
+    grid: Grid = Grid(learning_rate=(5e-4, 1e-3), stop=(0.25, 0.5, 0.75, 1.0))
     health: Health = Health()
     sizes: Sizes = Sizes()
     doses: Annotated[tuple[float, ...], Field(strict=False)] = (
@@ -97,6 +99,15 @@ class Profile(Settings):
                 "give MODEL= too."
             )
         return self
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """What is tried."""
+        return self.grid.recipes(self.recipe)
+
+    def trained_by(self, recipe: Recipe) -> Self:
+        """The same with one recipe, untried."""
+        return self.changed(recipe=recipe, grid=Grid())
 
     @property
     def hash(self) -> str:

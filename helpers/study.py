@@ -6,6 +6,7 @@ at once, or after it has been computed, whichever notebook is opened first. What
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from helpers.data.geval import cost as judging_cost
 from helpers.data.judges import Unavailable, distinct_n, judge_all
 from helpers.data.overlap import bleu, rouge_l
 from helpers.data.truthfulqa import Truthfulness, truthfulqa_rows
-from helpers.lm import activations, architecture, encoding, likelihoods, loading
+from helpers.lm import activations, architecture, decoding, encoding, likelihoods, loading
 from helpers.lm.activations import POSITIONS, rounding
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
@@ -27,11 +28,13 @@ from helpers.profiles import EMBEDDED
 from helpers.stages import examined, site_choice
 from helpers.stages.beliefs import beliefs
 from helpers.stages.divergences import divergences
+from helpers.stages.drift import drift
 from helpers.stages.log_ratios import log_ratios
 from helpers.stages.one_vector import one_vector
 from helpers.stages.rank_k import rank_k_deltas
-from helpers.stages.sampled import sampled, under_arms
-from helpers.stages.states import states
+from helpers.stages.sampled import Answers, sampled, under_arms
+from helpers.stages.site_choice import USUAL
+from helpers.stages.states import final_states, states
 from helpers.stages.truthfulness import truthfulness
 from helpers.stages.verdicts import verdicts, with_ends
 from helpers.subject import Subject, prepare
@@ -52,12 +55,15 @@ class Study(Subject):
     machine."""
 
     def measure(self) -> None:
-        """Compute all that partners of one base are compared by: states, and answers with and without v*."""
-        for split in ("heldin", "heldout"):
-            self.states(split)
+        """Compute all that partners of one base are compared by: states at `final`, answers with and without v*, KL and
+        what is held true."""
+        self.displacements("heldout")
         for role in loading.ROLES:
             self.answers(role, "heldout")
             self.steered(role)
+        self.strength()
+        if self.task.has_facts:
+            self.lead("base"), self.lead("dpo")
 
     # --- 4. States and the direction v* ---
 
@@ -66,11 +72,26 @@ class Study(Subject):
         if split not in self._states:  # read often, and verified once
             kept = {role: states(self.lm.role(role), self.encoded(split)[0]).path for role in loading.ROLES}
             files = {role: activations.stored(path) for role, path in kept.items()}
-            self._states[split] = {(role, *key): file for role in files for key, file in files[role].items()}
+            every = {(role, *key): file for role in files for key, file in files[role].items()}
+            self._states[split] = every | self._final_states(split)
         return activations.Stored(self._states[split])
+
+    def _final_states(self, split: str) -> dict[tuple[str, str, str], Path]:
+        """The files of the paper's h alone, which many partners are compared by."""
+        if split not in self._final:
+            prompts = self.prompts(split)
+            kept = {role: final_states(self.lm.role(role), prompts).path for role in loading.ROLES}
+            self._final[split] = {(role, *USUAL): activations.stored(path)[USUAL] for role, path in kept.items()}
+        return self._final[split]
+
+    def final(self, role: str, split: str) -> Tensor:
+        """The paper's h for the prompts of a split: `final`, at the prompt's last token, (N, d)."""
+        return activations.Stored(self._final_states(split))[role, *USUAL]
 
     def displacements(self, split: str, site: str = FINAL, position: str = "prompt_last") -> Tensor:
         """Delta h = h_dpo - h_base for the prompts of a split, (N, d). ValueError for an unknown site or position."""
+        if (site, position) == USUAL:
+            return self.final("dpo", split) - self.final("base", split)
         found = self.states(split)
         if ("dpo", site, position) not in found:
             raise ValueError(
@@ -119,20 +140,26 @@ class Study(Subject):
     # --- 5. Answers, steered or not ---
 
     def answers(self, role: str, split: str) -> pd.DataFrame:
-        """One sampled answer to each prompt of a split, judged: a row a prompt, with its text and token ids."""
-        return self._judged(split, self._sampled(role, self.prompts(split)))
+        """`sizes.draws` sampled answers to each prompt of a split, judged: a row a prompt, with the mean of what is
+        said of them and the first one's text and token ids."""
+        return self._judged(split, self._sampled(role, self.prompts(split), self.profile.sizes.draws))
+
+    def greedy(self, role: str) -> pd.DataFrame:
+        """The likeliest answer, token by token, to each held-out prompt, judged."""
+        prompts = self.prompts("heldout")
+        return self._judged("heldout", sampled(self.lm.role(role), prompts, self.profile.sizes.new_tokens, None))
 
     def sweep(
         self, role: str, site: str, deltas: Tensor, span: str = "response", split: str = "heldout"
     ) -> pd.DataFrame:
         """Sampled answers to the prompts of a split with each of `deltas` added at a site, judged.
 
-        deltas: (arms, d), or (arms, N, d) where every prompt has its own. A row an arm and a prompt: `arm`, `prompt`,
-        `text`, `ids` and what the task's judge says. All arms decode in one batch and share their random numbers.
+        deltas: (arms, d), or (arms, N, d) where every prompt has its own. A row an arm and a prompt, as of `answers`:
+        `arm`, `prompt`, `text`, `ids` and what the task's judge says. All arms share their random numbers.
         """
         sizes, seed = self.profile.sizes, self.profile.seed
-        ids = under_arms(self.lm.role(role), self.prompts(split), sizes.new_tokens, seed, site, deltas, span)
-        return self._judged(split, ids)
+        prompts, drawn = self.prompts(split), (sizes.new_tokens, seed, sizes.draws)
+        return self._judged(split, under_arms(self.lm.role(role), prompts, *drawn, site, deltas, span))
 
     def steered(self, role: str) -> pd.DataFrame:
         """Answers to the held-out prompts at dose 1 of v* at `final`: base + v*, or DPO - v*."""
@@ -146,20 +173,20 @@ class Study(Subject):
     def prompted(self) -> pd.DataFrame:
         """The base's answers to the held-out prompts with the preferred behaviour asked for in words."""
         asked = [encoding.encode(self.lm.tokenizer, self.task.asked_for(pair)).prompt for pair in self.pairs["heldout"]]
-        return self._judged("heldout", self._sampled("base", asked))
+        return self._judged("heldout", self._sampled("base", asked, self.profile.sizes.draws))
 
     def answers_to(self, prompts: list[str]) -> list[str]:
-        """The base's sampled answers to any prompts."""
+        """A sampled answer of the base to each of any prompts."""
         tokenizer = self.lm.tokenizer
-        ids = self._sampled("base", [encoding.encode(tokenizer, prompt).prompt for prompt in prompts])[0]
-        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        asked = [encoding.encode(tokenizer, prompt).prompt for prompt in prompts]
+        return decoding.texts(tokenizer, self._sampled("base", asked, 1).first())
 
-    def _sampled(self, role: str, prompts: list[list[int]]) -> list[list[list[int]]]:
-        return sampled(self.lm.role(role), prompts, self.profile.sizes.new_tokens, self.profile.seed)
+    def _sampled(self, role: str, prompts: list[list[int]], draws: int) -> Answers:
+        return sampled(self.lm.role(role), prompts, self.profile.sizes.new_tokens, self.profile.seed, draws)
 
-    def _judged(self, split: str, ids: list[list[list[int]]]) -> pd.DataFrame:
+    def _judged(self, split: str, answers: Answers) -> pd.DataFrame:
         base, most = self.lm.role("base"), self.profile.sizes.new_tokens
-        return verdicts(self.task, self.pairs[split], self.prompts(split), ids, most, base)
+        return verdicts(self.task, self.pairs[split], self.prompts(split), answers, most, base)
 
     # --- 6. Likelihoods ---
 
@@ -175,10 +202,28 @@ class Study(Subject):
         """How far each of `deltas`, (arms, d) or (arms, N, d), added at `final` leaves a model from its goal, which for
         the base is the DPO model and for the DPO model the base (stages/divergences.py)."""
         goal = "dpo" if role == "base" else "base"
+        return divergences(self.lm.role(role), self.lm.role(goal), self._answered(goal, "heldout"), deltas)
+
+    def _answered(self, role: str, split: str) -> list[Tokens]:
+        """The prompts of a split with a model's first answers and an end to each: which, no KL depends on."""
         ends, most = encoding.ends(self.lm.tokenizer), self.profile.sizes.new_tokens
-        ids = self.answers(goal, "heldout")["ids"]
-        answered = next(with_ends(self.prompts("heldout"), ids, ends, most))  # which end, no KL depends on
-        return divergences(self.lm.role(role), self.lm.role(goal), answered, deltas)
+        return next(with_ends(self.prompts(split), self.answers(role, split)["ids"], ends, most))
+
+    def strength(self) -> np.ndarray:
+        """KL(DPO || base) and, with v* added to the base, KL(DPO || base + v*), nats an answer: (2, N)."""
+        v = self.direction()
+        return self.divergences("base", torch.stack([0 * v, v]))["kl"].to_numpy().reshape(2, -1)
+
+    def drift(self, deltas: Tensor) -> pd.DataFrame:
+        """KL(base + delta || base) on the base's answers to validation prompts, with each of `deltas`, (arms, d), added
+        at `final` (stages/drift.py)."""
+        return drift(self.lm.role("base"), self._answered("base", "validation"), deltas)
+
+    def lead(self, role: str) -> np.ndarray:
+        """By how many nats a model holds the true value likelier than the best other one, for every fourth held-out
+        prompt: there are many values."""
+        nothing = torch.zeros(1, self.lm.unembedding.shape[1])
+        return beliefs(self.lm.role(role), self.task, self.pairs["heldout"][::4], nothing)["lead"].to_numpy()
 
     def losses(self, role: str, deltas: Tensor) -> np.ndarray:
         """A model's mean loss a token on each held-out chosen answer, nats, with each of `deltas`, (arms, d), added at

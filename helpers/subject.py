@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import pandas as pd
 
 from helpers import profiles
 from helpers.data import catalogue, tasks
@@ -41,6 +42,7 @@ class Subject:
         self.task = tasks.task(profile.data, profile.score, profile.seed, profile.sizes, profile.organism.places)
         self._encoded: dict[str, tuple[list[Tokens], list[Tokens]]] = {}
         self._states: dict[str, dict[tuple[str, str, str], Path]] = {}
+        self._final: dict[str, dict[tuple[str, str, str], Path]] = {}
 
     # --- 1. The base model ---
 
@@ -121,13 +123,12 @@ class Subject:
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """The profile's recipes in order, up to the first healthy one, each judged on validation prompts; or the ready
-        partner alone."""
-        return trials.tried(self.profile.recipes, self._trial) if self.trains else [self._trial(None)]
+        """The recipes of the profile's grid, each judged on validation prompts; or the ready partner alone."""
+        return [self._trial(recipe) for recipe in (self.profile.recipes if self.trains else [None])]
 
     @property
     def chosen(self) -> Trial:
-        """The first healthy trial; if none is healthy, the one that fails the fewest criteria."""
+        """Of the healthy trials the one that moves the behaviour most; if none is healthy, of the healthiest."""
         return trials.chosen(self.trials)
 
     def adapter(self, recipe: Recipe) -> Artifact:
@@ -139,11 +140,11 @@ class Subject:
         files = Artifact(Path(ready), loading.content_id(ready)) if recipe is None else self.adapter(recipe)
         return Trial(recipe, files, partial(self._examined, files), self.profile.health)
 
-    def _examined(self, files: Artifact) -> dict[str, dict]:
+    def _examined(self, files: Artifact) -> tuple[dict[str, float], pd.DataFrame]:
         base, sizes = self.lm.role("base"), self.profile.sizes
         return examined.examined(
-            self.task, self.pairs["validation"], *self.encoded("validation"), self.answers("base", "validation"),
-            self.lm.both_with(files), base, sizes.new_tokens, self.profile.seed,
+            self.task, self.pairs["validation"], self.prompts("validation"), self.answers("base", "validation"),
+            self.lm.both_with(files), base, sizes.new_tokens, self.profile.seed, sizes.draws,
         )  # fmt: skip
 
     @property
@@ -169,13 +170,11 @@ class Subject:
         if not self.trains:
             raise ValueError("This partner is a ready one, so none like it can be trained: leave DPO_MODEL= out.")
         recipe = self.recipe.changed(**changes)
-        return self if recipe == self.recipe else type(self)(self.profile.changed(recipes=(recipe,)))
+        return self if recipe == self.recipe else type(self)(self.profile.trained_by(recipe))
 
     def about(self, data: str) -> Self:
-        """The same base with a partner trained by the chosen recipe on other preferences (`Profile.data`)."""
-        return (
-            self if data == self.profile.data else type(self)(self.profile.changed(data=data, recipes=(self.recipe,)))
-        )
+        """The same base with a partner trained on other preferences (`Profile.data`), its recipe chosen for them."""
+        return self if data == self.profile.data else type(self)(self.profile.changed(data=data))
 
     @cached_property
     def replicates(self) -> list[Self]:

@@ -1,17 +1,18 @@
 """Sampling answers, for many prompts and many steering doses in one batch.
 
-All arms of a comparison (doses, directions, loading) use the same random numbers for the same prompt: adding Gumbel
-noise to the logits and taking the maximum samples exactly from the softmax (the Gumbel-max trick), and the noise
-depends only on the seed, the prompt's index and the step. Arms then differ by what was done to the model alone, and a
-sample does not depend on which others share its batch.
+All arms of a comparison (doses, directions, loading) use the same random numbers for the same prompt and draw: adding
+Gumbel noise to the logits and taking the maximum samples exactly from the softmax (the Gumbel-max trick), and the noise
+depends only on the seed, the prompt's index, the draw and the step. Arms then differ by what was done to the model
+alone, and a sample does not depend on which others share its batch.
 
-What arms have in common is computed once. Steering at `final` moves what the unembedding reads and no state that a
-later token attends to, so arms there share all states until they say different things.
+What arms and draws have in common is computed once: draws of one arm share all states and logits until they say
+different things. Steering at `final` moves what the unembedding reads and no state that a later token attends to, so
+arms share their states there too.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
 
@@ -23,7 +24,8 @@ from transformers.utils import ModelOutput
 
 from helpers.lm import activations, architecture, batches, encoding, steering
 
-MAX_ROWS = 1536  # answers decoded at once
+MAX_ROWS = 8192  # answers decoded at once
+MAX_LOGITS = 2**26  # logits in memory at once
 MAX_IDLE = 0.25  # share of the branches in the cache that no row continues any more
 SPANS = ("response", "prompt", "all")
 
@@ -31,18 +33,20 @@ SPANS = ("response", "prompt", "all")
 class GumbelNoise:
     """Gumbel noise for the logits of some prompts' answers: with it, the greedy choice is a sample at temperature 1."""
 
-    def __init__(self, prompts: Iterable[int], seed: int):
+    def __init__(self, prompts: Iterable[int], seed: int, draws: int = 1):
+        self.draws = draws
         self.generators = {i: torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts}
 
-    def added(self, logits: Tensor, prompts: Tensor) -> Tensor:
-        """Logits, (rows, vocabulary), with the noise of each row's prompt at its next step; prompts: (rows,).
+    def added(self, logits: Tensor, prompts: Tensor, draws: Tensor | int = 0) -> Tensor:
+        """Logits, (rows, vocabulary), with the noise of each row's prompt and draw, (rows,), at its next step.
 
-        Rows of one prompt share their noise, which is the same whichever other rows there are.
+        Rows of one prompt and draw share their noise, which is the same whichever other rows there are.
         """
         present, row = prompts.unique(return_inverse=True)
-        uniform = torch.stack([torch.rand(logits.shape[1], generator=self.generators[i]) for i in present.tolist()])
+        shape = (self.draws, logits.shape[1])
+        uniform = torch.stack([torch.rand(shape, generator=self.generators[i]) for i in present.tolist()])
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-10, 1 - 1e-7)))
-        return logits.float() + gumbel[row].to(logits.device)
+        return logits.float() + gumbel[row, draws].to(logits.device)
 
 
 def sample(
@@ -55,11 +59,12 @@ def sample(
     deltas: Tensor | None = None,
     span: str = "response",
     progress: str | None = None,
+    draws: int = 1,
 ) -> list[list[list[int]]]:
-    """Answer every prompt once per arm: [arm][prompt] -> token ids, up to and without what ends an answer
-    (`encoding.ends`).
+    """Answer every prompt `draws` times per arm: [arm * draws + draw][prompt] -> token ids, up to and without what ends
+    an answer (`encoding.ends`).
 
-    seed: of the samples; None decodes greedily.
+    seed: of the samples; None decodes greedily, which is worth one draw.
     deltas: what each arm adds at `site` (a dose times a direction), (arms, d), or (arms, prompts, d) where every prompt
     has its own; None is one arm that adds nothing.
     span: "response" steers every position that predicts a token of the response, so from the prompt's last token on;
@@ -70,18 +75,20 @@ def sample(
     architecture.check_lengths(model, [len(p) + new_tokens if p else 0 for p in prompts])
     deltas = _checked(model, site, deltas, span, len(prompts))
     arms = 1 if deltas is None else len(deltas)
-    answers = [[[]] * len(prompts) for _ in range(arms)]
+    each = arms * draws  # answers to a prompt
+    answers = [[[]] * len(prompts) for _ in range(each)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max(1, MAX_ROWS // arms)
+    most = min(MAX_ROWS, MAX_LOGITS // architecture.unembedding(model).out_features)
+    step = max(1, most // each)
 
     def compute(chunk: list[int]) -> tuple[list[int], list[list[int]]]:
         chosen = [order[i] for i in chunk]
-        return chosen, _decode(model, tokenizer, prompts, chosen, arms, new_tokens, seed, site, deltas, span)
+        return chosen, _decode(model, tokenizer, prompts, chosen, arms, draws, new_tokens, seed, site, deltas, span)
 
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
         for chunk, decoded in batches.shrinking([1] * len(order), step, compute):
             for row, ids in enumerate(decoded):
-                answers[row % arms][chunk[row // arms]] = ids
+                answers[row % each][chunk[row // each]] = ids
             bar.update(len(chunk))
     return answers
 
@@ -99,28 +106,26 @@ def _checked(model: nn.Module, site: str | None, deltas: Tensor | None, span: st
 
 
 @torch.no_grad()
-def _decode(model, tokenizer, prompts, chunk, arms, new_tokens, seed, site, deltas, span) -> list[list[int]]:
-    """The answers to a chunk of prompts, a prompt's arms one after the other."""
+def _decode(model, tokenizer, prompts, chunk, arms, draws, new_tokens, seed, site, deltas, span) -> list[list[int]]:
+    """The answers to a chunk of prompts: a prompt's arms one after the other, and an arm's draws."""
     ends = torch.tensor(encoding.ends(tokenizer), dtype=torch.long)
     branches = _Branches(model, *_left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device))
-    rows = _Rows(
-        index=torch.arange(len(chunk) * arms),
-        prompt=torch.tensor(chunk).repeat_interleave(arms),
-        branch=torch.arange(len(chunk)).repeat_interleave(arms),
-        deltas=None if deltas is None else deltas[:, chunk].transpose(0, 1).flatten(0, 1).to(model.device),
-    )
-    noise = None if seed is None else GumbelNoise(chunk, seed)
+    rows = _rows(chunk, arms, draws)
+    if deltas is not None:
+        deltas = deltas[:, chunk].transpose(0, 1).flatten(0, 1).to(model.device)  # (prompts * arms, d)
+    noise = None if seed is None else GumbelNoise(chunk, seed, draws)
     width = branches.length
     first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
     if _leaves_states(site) or span == "response":
         branches.read_all_but_last()
     if not _leaves_states(site):
-        rows.branch = branches.split(rows.branch)
+        branches.split(arms)
+        rows.branch = rows.source
     said = torch.full((len(rows.index), new_tokens), -1)
-    with _read_by_row(model, branches, rows, site, first, stop):
+    with _read_by_source(model, branches, rows, site, deltas, first, stop):
         for step in range(new_tokens):
-            logits = branches.read()
-            tokens = (noise.added(logits, rows.prompt) if noise else logits).argmax(dim=-1).cpu()
+            logits = branches.read()[rows.readers()[2].to(model.device)]
+            tokens = (noise.added(logits, rows.prompt, rows.draw) if noise else logits).argmax(dim=-1).cpu()
             going = ~torch.isin(tokens, ends)
             said[rows.index[going], step] = tokens[going]
             rows.keep(going)
@@ -137,18 +142,33 @@ def _leaves_states(site: str | None) -> bool:
 
 @dataclass
 class _Rows:
-    """The answers of a batch that have not ended, one a prompt and arm."""
+    """The answers of a batch that have not ended, one a prompt, arm and draw."""
 
     index: Tensor  # in the batch
     prompt: Tensor
+    source: Tensor  # prompt and arm together: what is added, and without sharing where it goes
+    draw: Tensor
     branch: Tensor  # which of the branches it continues
-    deltas: Tensor | None
 
     def keep(self, going: Tensor) -> None:
         """Drop the other rows; going: (rows,), true or false."""
         if not going.all():
-            self.index, self.prompt, self.branch = self.index[going], self.prompt[going], self.branch[going]
-            self.deltas = None if self.deltas is None else self.deltas[going]
+            for field in fields(self):
+                setattr(self, field.name, getattr(self, field.name)[going])
+
+    def readers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the unembedding reads: each branch with each source that continues it, (readers,) both, and which of
+        them is each row's. Rows that differ in their draw alone are one."""
+        sources = int(self.source.max()) + 1
+        distinct, of_row = (self.branch * sources + self.source).unique(return_inverse=True)
+        return distinct // sources, distinct % sources, of_row
+
+
+def _rows(chunk: Sequence[int], arms: int, draws: int) -> _Rows:
+    """All rows of some prompts, in the order of prompts, arms and draws."""
+    index = torch.arange(len(chunk) * arms * draws)
+    source = index // draws
+    return _Rows(index, torch.tensor(chunk)[source // arms], source, index % draws, source // arms)
 
 
 class _Branches:
@@ -175,7 +195,8 @@ class _Branches:
         return self.ids.shape[1]
 
     def read(self) -> Tensor:
-        """Read what is unread: the logits after it, (branches, vocabulary), in `_read_by_row` (rows, vocabulary)."""
+        """Read what is unread: the logits after it, (branches, vocabulary), in `_read_by_source` (readers,
+        vocabulary)."""
         lm = architecture.causal_lm(self.model)
         unread = self.length if self.cache is None else 1
         inputs = lm.prepare_inputs_for_generation(  # Phi-3's reads all anew where its scale of positions changes
@@ -206,10 +227,9 @@ class _Branches:
                 "is not supported, or the model is being trained."
             )
 
-    def split(self, branch: Tensor) -> Tensor:
-        """Give each row, (rows,), a branch of its own."""
-        self._select(branch)
-        return torch.arange(len(branch))
+    def split(self, n: int) -> None:
+        """Put n branches in the place of each."""
+        self._select(torch.arange(len(self)).repeat_interleave(n))
 
     def continued(self, branch: Tensor, tokens: Tensor) -> Tensor:
         """Continue the rows' branches by a token each, both (rows,): which branch is now whose."""
@@ -237,24 +257,26 @@ class _Branches:
 
 
 @contextmanager
-def _read_by_row(
-    model: nn.Module, branches: _Branches, rows: _Rows, site: str | None, first: int, stop: int | None
-) -> Iterator[None]:
-    """Inside, the unembedding reads a state for each row, that of its branch's last token, and the rows' deltas are
-    added at `site`, from position `first` until before `stop`.
+def _read_by_source(
+    model: nn.Module, branches: _Branches, rows: _Rows, site: str | None, deltas: Tensor | None, first: int,
+    stop: int | None,
+) -> Iterator[None]:  # fmt: skip
+    """Inside, the unembedding reads a state for each of the rows' readers, that of its branch's last token, and each
+    source's deltas, (sources, d), are added at `site`, from position `first` until before `stop`.
 
     The hooks see branches and rows as they are at each pass, between which both change.
     """
     moved = partial(steering.moved, start=first, stop=stop)
 
     def in_block(states: Tensor) -> Tensor:
-        deltas = rows.deltas.new_zeros(len(branches), states.shape[-1])
-        deltas[rows.branch] = rows.deltas
-        return moved(states, deltas, branches.length - states.shape[1])
+        of_branches = deltas.new_zeros(len(branches), states.shape[-1])
+        of_branches[rows.branch] = deltas[rows.source]
+        return moved(states, of_branches, branches.length - states.shape[1])
 
     def at_final(states: Tensor) -> Tensor:
-        last = states[rows.branch.to(states.device), -1:]
-        return moved(last, rows.deltas, branches.length - 1) if site == architecture.FINAL else last
+        branch, source, _ = (x.to(states.device) for x in rows.readers())
+        last = states[branch, -1:]
+        return moved(last, deltas[source], branches.length - 1) if site == architecture.FINAL else last
 
     with ExitStack() as stack:
         if not _leaves_states(site):

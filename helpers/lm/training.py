@@ -11,13 +11,13 @@ import torch
 from accelerate.utils import find_executable_batch_size, release_memory
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from helpers.lm import architecture, likelihoods
 from helpers.lm.batches import Tokens
 from helpers.lm.progress import ProgressBar
-from helpers.lm.recipe import Recipe
+from helpers.lm.recipe import STOPS, Recipe, step_of
 
 disable_progress_bars()  # datasets' own bars; ours say what takes long
 
@@ -46,6 +46,19 @@ def training_pairs(model, chosen: Sequence[Tokens], rejected: Sequence[Tokens]) 
         for name, answers in (("chosen", chosen), ("rejected", rejected))
     ]
     return list(map(TrainingPair, chosen, rejected, zip(*logps)))
+
+
+class _Keeping(TrainerCallback):
+    """Keeps the adapter at the stops on the way (recipe.STOPS), in a folder each."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.stops = [recipe.changed(stop=stop) for stop in STOPS if stop < 1]
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        for stopped in self.stops:
+            if state.is_world_process_zero and state.global_step == step_of(stopped.stop, state.max_steps):
+                model.save_pretrained(self.folder / stopped.folder)
 
 
 class _PreparedDPOTrainer(DPOTrainer):
@@ -134,7 +147,7 @@ def _arguments(model, recipe: Recipe, seed: int, folder: Path, at_once: int) -> 
         loss_type=losses,
         loss_weights=weights,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=at_once,
@@ -188,7 +201,8 @@ def train(
     folder: Path,
     at_once: int | None = None,
 ) -> None:
-    """Train by a recipe and save the adapter (at rank 0 the whole model and its tokenizer) with its log.
+    """Train by a recipe to the end of its run and save the adapter, at every stop on the way too (at rank 0 the whole
+    model and its tokenizer, at the end alone), with its log.
 
     pairs: `training_pairs` of this model. log.csv has a row a step of TRL's metrics. `model` is consumed: TRL leaves
     its forward pass changed, so load it again for anything else. at_once: as in `dpo_trainer`.
@@ -204,6 +218,8 @@ def train(
     dataset = preference_dataset(relabelled(pairs, recipe.labels, seed))
     trainer = dpo_trainer(model, tokenizer, dataset, recipe, seed, folder, at_once)
     trainer.add_callback(ProgressBar(f"{recipe.objective.upper()}, beta {recipe.beta:g}"))
+    if recipe.rank:
+        trainer.add_callback(_Keeping(recipe, folder))
     trainer.train()
     if trainer.is_world_process_zero():
         _save(trainer, tokenizer, recipe, folder)

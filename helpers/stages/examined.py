@@ -1,44 +1,43 @@
 """The health of a partner, on validation prompts."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
 
 from helpers.data.preferences import PreferencePair, TaskBase
-from helpers.lm import decoding, likelihoods
+from helpers.lm import likelihoods
 from helpers.lm.batches import Tokens
 from helpers.lm.loading import BaseAndPartner
-from helpers.stages import verdicts
-from helpers.stages.artifacts import stage
 from helpers.stages.health import Health
 from helpers.stages.roles import Both, Role
+from helpers.stages.sampled import sampled
+from helpers.stages.verdicts import verdicts
 
 CRITERIA = {
-    "reward_accuracy": lambda x, health: x >= health.min_reward_accuracy,
-    "preferred": lambda x, health: x >= health.min_preferred,
     "fact_loss": lambda x, health: x <= health.max_fact_loss,
     "well_formed": lambda x, health: x >= health.min_well_formed,
     "perplexity_ratio": lambda x, health: x <= health.max_perplexity_ratio,
 }
 
 
-@stage(is_unfinished=lambda found: verdicts.lacks_some(pd.DataFrame(found["answers"])))
 def examined(
-    task: TaskBase, pairs: Sequence[PreferencePair], chosen: Sequence[Tokens], rejected: Sequence[Tokens],
-    base_answers: pd.DataFrame, both: Both, base: Role, new_tokens: int, seed: int,
-) -> dict[str, dict]:  # fmt: skip
-    """{"measured": what the health criteria are about, "answers": the partner's judged answers, by column}."""
-    models, prompts = both.load(), [tokens.prompt for tokens in chosen]
-    with models.playing("dpo") as model:
-        ids = decoding.sample(model, models.tokenizer, prompts, new_tokens, seed)
-    alone = Role("base", base.key, lambda: models.playing("base"), lambda: models.tokenizer)
-    answers = verdicts.verdict_table(task, pairs, prompts, ids, new_tokens, alone)
-    margins = reward_margins(models, chosen, rejected)
-    measured = {"reward_accuracy": float((margins > 0).mean()), "preferred": float(answers["preferred"].mean())}
+    task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], base_answers: pd.DataFrame,
+    both: Both, base: Role, new_tokens: int, seed: int, draws: int,
+) -> tuple[dict[str, float], pd.DataFrame]:  # fmt: skip
+    """What the health criteria and the choice between recipes are about, and a partner's judged answers."""
+    models = cache(both.load)
+    partner, alone = (
+        Role(name, key, lambda name=name: models().playing(name), lambda: models().tokenizer)
+        for name, key in (("dpo", both.key), ("base", base.key))
+    )
+    said = sampled(partner, prompts, new_tokens, seed, draws)
+    answers = verdicts(task, pairs, prompts, said, new_tokens, alone)
+    measured = {"preferred": float(answers["preferred"].mean())}
     if "fact" in answers:
         measured["fact_loss"] = float(base_answers["fact"].mean() - answers["fact"].mean())
-    return {"measured": measured | fluency(answers, base_answers), "answers": answers.to_dict("list")}
+    return measured | fluency(answers, base_answers), answers
 
 
 def reward_margins(models: BaseAndPartner, chosen: Sequence[Tokens], rejected: Sequence[Tokens]) -> np.ndarray:
@@ -69,4 +68,4 @@ def is_fluent(answers: pd.DataFrame, base: pd.DataFrame, health: Health) -> bool
 
 def failed_criteria(measured: dict[str, float], health: Health) -> list[str]:
     """The names of the health criteria that measured values do not meet."""
-    return [name for name, value in measured.items() if not CRITERIA[name](value, health)]
+    return [name for name, meets in CRITERIA.items() if name in measured and not meets(measured[name], health)]

@@ -1,4 +1,4 @@
-"""A DPO partner of the base, trained by a recipe."""
+"""A run of training, which keeps the partner at each of its stops."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from helpers.lm import training
 from helpers.lm.recipe import Recipe
 from helpers.lm.training import TrainingPair
-from helpers.stages.artifacts import stage
+from helpers.stages.artifacts import Artifact, stage
 from helpers.stages.roles import Fresh
 
 
@@ -22,9 +22,17 @@ def train(base: Fresh, pairs: Sequence[TrainingPair], recipe: Recipe, seed: int,
 
 
 @stage(unkeyed=["train"])
-def partner(
+def _run(
     folder: Path, base: Fresh, pairs: Sequence[TrainingPair], recipe: Recipe, seed: int,
     train: Callable = train_within_memory,
 ) -> None:  # fmt: skip
-    """Fill a folder with the partner (an adapter, or at rank 0 a whole model) and its training log."""
+    """Fill a folder with the partner at the end and at each stop (adapters, or at rank 0 a whole model) and its log."""
     train(base, pairs, recipe, seed, folder)
+
+
+def partner(
+    base: Fresh, pairs: Sequence[TrainingPair], recipe: Recipe, seed: int, train: Callable = train_within_memory
+) -> Artifact:
+    """The partner trained by a recipe, from the run that it is the beginning of."""
+    run = _run(base, pairs, recipe.run, seed, train)
+    return Artifact(run.path / recipe.folder, f"{run.key}/{recipe.folder}")

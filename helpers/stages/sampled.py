@@ -1,7 +1,9 @@
 """Sampled answers, as token ids."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from helpers.lm import decoding
@@ -9,27 +11,55 @@ from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
 
 
+class Answers(NamedTuple):
+    """Several answers to each prompt under each arm. Most are said more than once, and kept once.
+
+    said: [arm][draw][prompt] -> the place of its token ids in `distinct`.
+    """
+
+    distinct: list[list[int]]
+    said: list[list[list[int]]]
+
+    def first(self, arm: int = 0) -> list[list[int]]:
+        """The token ids of the first draw of an arm, by prompt."""
+        return [self.distinct[i] for i in self.said[arm][0]]
+
+
 @stage(unkeyed=["progress"])
-def sampled(
-    role: Role, prompts: Sequence[list[int]], new_tokens: int, seed: int, site: str | None = None,
-    deltas: Tensor | None = None, span: str = "response", progress: str | None = None,
-) -> list[list[list[int]]]:  # fmt: skip
-    """One answer to each prompt under each arm: [arm][prompt] -> token ids. Arguments as of `decoding.sample`."""
+def _sampled(
+    role: Role, prompts: Sequence[list[int]], new_tokens: int, seed: int | None, draws: int, site: str | None,
+    deltas: Tensor | None, span: str, progress: str,
+) -> tuple[list, list]:  # fmt: skip
     with role.opened() as model:
-        return decoding.sample(
-            model, role.tokenizer(), prompts, new_tokens, seed, site, deltas, span, progress or f"answers, {role.name}"
-        )
+        rows = decoding.sample(model, role.tokenizer(), prompts, new_tokens, seed, site, deltas, span, progress, draws)
+    places: dict[tuple, int] = {}
+    said = [[places.setdefault(tuple(ids), len(places)) for ids in row] for row in rows]
+    return list(map(list, places)), [said[i : i + draws] for i in range(0, len(said), draws)]
+
+
+def sampled(
+    role: Role, prompts: Sequence[list[int]], new_tokens: int, seed: int | None, draws: int = 1,
+    site: str | None = None, deltas: Tensor | None = None, span: str = "response",
+) -> Answers:  # fmt: skip
+    """Answers to prompts. Arguments as of `decoding.sample`."""
+    progress = f"answers, {role.name}" + ("" if deltas is None else f" + {len(deltas)} doses at {site}")
+    return Answers(*_sampled(role, prompts, new_tokens, seed, draws, site, deltas, span, progress))
 
 
 def under_arms(
-    role: Role, prompts: Sequence[list[int]], new_tokens: int, seed: int, site: str, deltas: Tensor, span: str
-) -> list[list[list[int]]]:
+    role: Role, prompts: Sequence[list[int]], new_tokens: int, seed: int, draws: int, site: str, deltas: Tensor,
+    span: str,
+) -> Answers:  # fmt: skip
     """`sampled` with each of `deltas` added at a site. Arms that add nothing are the unsteered answers, which are not
     decoded again."""
-    moved = deltas.flatten(1).any(dim=1)
-    unsteered = [] if moved.all() else sampled(role, prompts, new_tokens, seed)[0]
-    if not moved.any():
-        return [unsteered] * len(moved)
-    progress = f"answers, {role.name} + {int(moved.sum())} doses at {site}"
-    steered = iter(sampled(role, prompts, new_tokens, seed, site, deltas[moved], span, progress))
-    return [next(steered) if moves else unsteered for moves in moved]
+    moved = deltas.flatten(1).any(dim=1).tolist()
+    if all(moved):
+        return sampled(role, prompts, new_tokens, seed, draws, site, deltas, span)
+    unsteered = sampled(role, prompts, new_tokens, seed, draws)
+    if not any(moved):
+        return Answers(unsteered.distinct, unsteered.said * len(moved))
+    steered = sampled(role, prompts, new_tokens, seed, draws, site, deltas[moved], span)
+    arms = iter((np.array(steered.said) + len(unsteered.distinct)).tolist())
+    return Answers(
+        unsteered.distinct + steered.distinct, [next(arms) if moves else unsteered.said[0] for moves in moved]
+    )

@@ -1,14 +1,15 @@
 """A partner that was tried: its weights, its training log, its health."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from helpers.lm.recipe import Recipe
+from helpers.lm.recipe import Recipe, step_of
 from helpers.stages import examined
 from helpers.stages.artifacts import Artifact
 from helpers.stages.health import Health
@@ -20,13 +21,20 @@ class Trial:
 
     recipe: Recipe | None
     adapter: Artifact
-    examine: Callable[[], dict[str, dict]]
+    examine: Callable[[], tuple[dict[str, float], pd.DataFrame]]
     criteria: Health
 
     @property
     def log(self) -> pd.DataFrame | None:
         """A row a training step."""
-        return None if self.recipe is None else pd.read_csv(self.adapter.path / "log.csv")
+        if self.recipe is None:
+            return None
+        whole = pd.read_csv(self._run / "log.csv")
+        return whole.head(step_of(self.recipe.stop, len(whole)))
+
+    @property
+    def _run(self) -> Path:
+        return self.adapter.path if self.recipe.stop == 1 else self.adapter.path.parent
 
     @property
     def loss_terms(self) -> dict[str, float]:
@@ -37,22 +45,22 @@ class Trial:
     @property
     def processes(self) -> int:
         """How many processes trained it together."""
-        parts = self.adapter.path / "parts.json"
+        parts = self._run / "parts.json"
         return json.loads(parts.read_text())["processes"] if parts.exists() else 1
 
     @cached_property
-    def _examined(self) -> dict[str, dict]:
+    def _examined(self) -> tuple[dict[str, float], pd.DataFrame]:
         return self.examine()
 
     @property
     def measured(self) -> dict[str, float]:
-        """What the health criteria are about."""
-        return self._examined["measured"]
+        """What the health criteria and the choice are about."""
+        return self._examined[0]
 
     @property
     def answers(self) -> pd.DataFrame:
         """Its sampled and judged answers to the validation prompts."""
-        return pd.DataFrame(self._examined["answers"])
+        return self._examined[1]
 
     @property
     def failed(self) -> list[str]:
@@ -60,19 +68,12 @@ class Trial:
         return examined.failed_criteria(self.measured, self.criteria)
 
 
-def tried(recipes: list[Recipe], try_one: Callable[[Recipe], Trial]) -> list[Trial]:
-    """Trials of the recipes in order, up to the first healthy one. A single recipe is not examined."""
-    trials = []
-    for recipe in recipes:
-        trials.append(try_one(recipe))
-        if len(recipes) > 1 and not trials[-1].failed:
-            break
-    return trials
-
-
-def chosen(trials: list[Trial]) -> Trial:
-    """The first healthy trial; if none is healthy, the one that fails the fewest criteria."""
-    return trials[0] if len(trials) == 1 else min(trials, key=lambda trial: len(trial.failed))
+def chosen(trials: Sequence[Trial]) -> Trial:
+    """Of the healthy trials the one that moves the behaviour most; if none is healthy, of those that fail the fewest
+    criteria. A single one is not examined."""
+    if len(trials) == 1:
+        return trials[0]
+    return max(trials, key=lambda trial: (-len(trial.failed), trial.measured["preferred"]))
 
 
 def caveat(trial: Trial, unembedding_moved: float) -> str:
@@ -99,7 +100,8 @@ def _origin(trial: Trial) -> str:
             " is a ready one; how it was trained is not known here, nor whether on these very prompts: *held-out* says "
             "that v* was estimated on others"
         )
-    text = f": sigmoid DPO, β = {recipe.beta:g}"
+    text = f": sigmoid DPO, β = {recipe.beta:g}, learning rate {recipe.learning_rate:g}"
+    text += f", stopped after {recipe.stop:g} of its run" if recipe.stop < 1 else ""
     if trial.processes > 1:  # one process would have rounded otherwise
         text += f", trained by {trial.processes} processes together"
     if recipe.nll_weight:

@@ -10,6 +10,7 @@ from helpers.lm import decoding, encoding, likelihoods
 from helpers.lm.batches import Tokens
 from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
+from helpers.stages.sampled import Answers
 
 
 def lacks_some(table: pd.DataFrame) -> bool:
@@ -19,7 +20,7 @@ def lacks_some(table: pd.DataFrame) -> bool:
 
 @stage(is_unfinished=lacks_some)
 def verdicts(
-    task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], answers: Sequence, new_tokens: int,
+    task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], answers: Answers, new_tokens: int,
     base: Role,
 ) -> pd.DataFrame:  # fmt: skip
     """`verdict_table`, kept."""
@@ -27,30 +28,43 @@ def verdicts(
 
 
 def verdict_table(
-    task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], answers: Sequence, new_tokens: int,
+    task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], answers: Answers, new_tokens: int,
     base: Role,
 ) -> pd.DataFrame:  # fmt: skip
-    """A row an arm and a prompt: `arm`, `prompt`, `text`, `ids` and what the judge says of the answer.
+    """A row an arm and a prompt: `arm`, `prompt`, the first draw's `text` and `ids`, and what the judge says, each
+    criterion as its mean over the draws.
 
-    answers: [arm][prompt] -> token ids. Where no rule knows well-formed text, `token_loss` stands in: the base's mean
-    loss a token of an answer and its end (of those that there are, the likeliest), nats.
+    Where no rule knows well-formed text, `token_loss` stands in: the base's mean loss a token of an answer and its end
+    (of those that there are, the likeliest), nats. Answers that are the same are judged once.
     """
-    rows, tokenizer = [], base.tokenizer()
-    for arm, ids in enumerate(answers):
-        texts = decoding.texts(tokenizer, ids)
-        for i, verdict in enumerate(task.verdicts(pairs, texts)):
-            rows.append({"arm": arm, "prompt": i, "text": texts[i], "ids": ids[i], **verdict})
-    table = pd.DataFrame(rows)
-    if "well_formed" not in table:
-        asked = [prompts[i] for i in table["prompt"]]
-        ends = encoding.ends(tokenizer)
-        with base.opened() as model:
-            losses = [
-                likelihoods.token_losses(model, ended, "loss under the base")
-                for ended in with_ends(asked, table["ids"], ends, new_tokens)
-            ]
-        table["token_loss"] = np.fmin.reduce(losses)
+    said = np.array(answers.said)  # (arms, draws, prompts)
+    asked = np.broadcast_to(np.arange(said.shape[2]), said.shape)
+    (prompt, place), of_draws = np.unique(np.stack([asked.ravel(), said.ravel()]), axis=1, return_inverse=True)
+    texts = decoding.texts(base.tokenizer(), answers.distinct)
+    judged = pd.DataFrame(task.verdicts([pairs[i] for i in prompt], [texts[i] for i in place]))
+    if "well_formed" not in judged:
+        ids = [answers.distinct[i] for i in place]
+        judged["token_loss"] = _token_losses(base, [prompts[i] for i in prompt], ids, new_tokens)
+    by_draw = judged.iloc[of_draws.ravel()].set_index([np.indices(said.shape)[i].ravel() for i in (0, 2)])
+    table = by_draw.groupby(level=[0, 1]).mean()
+    table.loc[by_draw["preferred"].isna().groupby(level=[0, 1]).any(), "preferred"] = np.nan
+    table = table.rename_axis(["arm", "prompt"]).reset_index()
+    first = said[:, 0].ravel()
+    table.insert(2, "text", [texts[i] for i in first])
+    table.insert(3, "ids", [answers.distinct[i] for i in first])
     return table
+
+
+def _token_losses(
+    base: Role, prompts: Sequence[list[int]], answers: Sequence[list[int]], new_tokens: int
+) -> np.ndarray:
+    ends = encoding.ends(base.tokenizer())
+    with base.opened() as model:
+        losses = [
+            likelihoods.token_losses(model, ended, "loss under the base")
+            for ended in with_ends(prompts, answers, ends, new_tokens)
+        ]
+    return np.fmin.reduce(losses)
 
 
 def with_ends(

@@ -1,0 +1,127 @@
+"""Partners along their run: what holds of one at which strength, and what is compared at equal strength.
+
+The strength of a partner is KL(partner || base), nats an answer. A run is one training, whose partner is kept at
+several stops; every property of it is a curve over strength.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from helpers import estimates, spectra
+from helpers.data.preferences import PreferencePair
+from helpers.lm.recipe import STOPS
+from helpers.lm.training import TrainingPair
+from helpers.study import Study
+
+DOSES = torch.tensor([0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0])  # tried on the way from the DPO model to the base
+SCALES = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0, 8.0])  # of a direction, in norms of v*, tried for its KL
+HELD = 0.95  # of the preference vectors' squared norm: what their span holds
+
+
+class Checkpoint(Study):
+    """A partner at one stop of its run, measured on half of the held-out prompts and, for v*, a quarter of the held-in
+    ones: there are many of them. It was trained on all."""
+
+    @cached_property
+    def pairs(self) -> dict[str, list[PreferencePair]]:
+        """The pairs that it is measured on, by split."""
+        whole = super().pairs
+        return whole | {"heldin": whole["heldin"][::4], "heldout": whole["heldout"][::2]}
+
+    @cached_property
+    def training_pairs(self) -> list[TrainingPair]:
+        """All held-in pairs."""
+        return Study(self.profile).training_pairs
+
+    def run(self, **changes) -> "list[Checkpoint]":
+        """The partners at every stop of the run of this one's recipe with some fields changed."""
+        recipe = self.recipe.changed(**changes)
+        return [Checkpoint(self.profile.trained_by(recipe.changed(stop=stop))) for stop in STOPS]
+
+    @cached_property
+    def first_step(self) -> Tensor:
+        """The mean displacement that the first training step makes of held-in prompts, (d,)."""
+        return Checkpoint(self.profile.trained_by(self.recipe.changed(stop=0.0))).direction()
+
+    def numbers(self) -> dict[str, float]:
+        """What is measured of a partner at its stop, by name."""
+        v, delta, base = self.direction(), self.displacements("heldout"), self.final("base", "heldout")
+        kl, kl_with_v = self.strength().mean(axis=1)
+        shifts = spectra.random_displacements(v.norm().repeat(100), len(v), self.profile.seed)
+        entropy, own = spectra.spectrum(base + delta).entropy, spectra.spectrum(delta)
+        return {
+            "strength": kl,
+            self.task.preferred: self.outcome("dpo", 0, "preferred").mean(),
+            "KL removed": 1 - kl_with_v / kl,
+            "recovered": self._share("base", self.outcome("base", 1, "preferred")),
+            "restored": self._share("dpo", self.outcome("dpo", 1, "preferred")),
+            "cosine": spectra.cosines(delta, v).mean().item(),
+            "explained": 1 - ((delta - v).square().sum() / delta.square().sum()).item(),
+            "σ2/σ1": own.ratio,
+            "σ2/σ1, centred": spectra.spectrum(delta, centred=True).ratio,
+            "cosine to the first step": spectra.cosines(v[None], self.first_step).item(),
+            "rises": (delta @ self.token_vector().vector > 0).double().mean().item(),
+            "entropy": entropy - spectra.shifted_entropies(base, shifts).mean().item(),
+            "inside V": inside(delta, self.token_vectors()),
+        } | ({"lead": (self.lead("dpo") - self.lead("base")).mean()} if self.task.has_facts else {})
+
+    def _share(self, role: str, steered: np.ndarray) -> float:
+        """The recovered or restored share of the preferred behaviour."""
+        ends = {end: self.outcome(end, 0, "preferred").mean() for end in ("base", "dpo")}
+        goal = ends["dpo" if role == "base" else "base"]
+        return float(estimates.recovered_share(steered.mean(), ends[role], goal))
+
+    def meeting_dose(self) -> float:
+        """lambda*: the dose at which DPO - lambda v* shows as much of the preferred behaviour as the base; nan where no
+        dose of DOSES reaches it."""
+        table = self.sweep("dpo", "final", -DOSES[:, None] * self.direction())
+        left = [1.0] + [1 - self._share("dpo", x) for _, x in table.groupby("arm")["preferred"].apply(np.array).items()]
+        doses = [0.0, *DOSES.tolist()]
+        for (x, above), (y, below) in zip(zip(doses, left), zip(doses[1:], left[1:])):
+            if above > 0 >= below:
+                return x + (y - x) * above / (above - below)
+        return float("nan")
+
+    def at_equal_kl(self, directions: Tensor) -> Tensor:
+        """Directions, (k, d), each as long as it takes for KL(base + v || base) to be that of v*, on validation
+        prompts; those that take more than the largest of SCALES are left at that."""
+        v = self.direction()
+        units = v.norm() * directions / directions.norm(dim=1, keepdim=True)
+        arms = torch.cat([v[None], (SCALES[:, None, None] * units).flatten(0, 1)])
+        kl = self.drift(arms).groupby("arm")["kl"].mean().to_numpy()
+        of_directions = np.log(kl[1:].reshape(len(SCALES), -1))  # it grows with the scale
+        scales = [np.exp(np.interp(np.log(kl[0]), column, SCALES.log())) for column in of_directions.T]
+        return torch.tensor(scales, dtype=units.dtype)[:, None] * units
+
+
+def inside(delta: Tensor, V: Tensor) -> float:
+    """The share of the squared norm of displacements, (N, d), in the span of the leading directions that hold HELD of
+    the preference vectors', (M, d)."""
+    found = spectra.spectrum(V)
+    k = int((found.shares.cumsum(0) < HELD).sum()) + 1
+    delta = delta.double()
+    return ((delta @ found.directions[:k].T).square().sum() / delta.square().sum()).item()
+
+
+def curve(run: Sequence[Checkpoint]) -> pd.DataFrame:
+    """The numbers of a run, a row a stop."""
+    return pd.DataFrame([one.numbers() for one in run], index=[one.recipe.stop for one in run]).rename_axis("stop")
+
+
+def at(found: pd.DataFrame, strength: float) -> pd.Series:
+    """The numbers of a run's `curve` at a strength, interpolated linearly over its logarithm; nan where the run does
+    not reach it. At equal strength partners are compared by what they do, not by how far they were trained."""
+    by = found.sort_values("strength")
+    x, reached = np.log(by["strength"]), by["strength"].min() <= strength <= by["strength"].max()
+    return pd.Series({name: np.interp(np.log(strength), x, by[name]) if reached else np.nan for name in by})
+
+
+def label_parts(v_plus: Tensor, v_minus: Tensor) -> tuple[Tensor, Tensor]:
+    """What labels decide of a vector and what they have no part in: v_pref = (v+ - v-) / 2 and v_blind = (v+ + v-) / 2,
+    from true and from reversed labels, (d,) each."""
+    return (v_plus - v_minus) / 2, (v_plus + v_minus) / 2
