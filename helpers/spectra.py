@@ -90,6 +90,16 @@ def random_displacements(norms: Tensor, d: int, seed: int) -> Tensor:
     return directions * (norms.double() / directions.norm(dim=1))[:, None]
 
 
+def matched_shifts(v: Tensor, mean: Tensor, n: int, seed: int) -> Tensor:
+    """The null for what a shift v, (d,), does to states with this mean, (d,): n random shifts with v's norm and its
+    cosine to the mean, (n, d). Whatever lies along the mean lowers the uncentred entropy."""
+    v, unit = v.double(), mean.double() / mean.double().norm()
+    along = (v @ unit) * unit
+    across = random_displacements(torch.ones(n), len(v), seed)
+    across = across - (across @ unit)[:, None] * unit
+    return along + (v - along).norm() * across / across.norm(dim=1, keepdim=True)
+
+
 def cosines(rows: Tensor, v: Tensor) -> Tensor:
     """cos(row, v) for every row of (N, d), in float64."""
     return torch.nn.functional.cosine_similarity(rows.double(), v.double()[None], dim=1)

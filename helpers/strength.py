@@ -20,18 +20,20 @@ from helpers.study import Study
 
 DOSES = torch.tensor([0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0])  # tried on the way from the DPO model to the base
 SCALES = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0, 8.0])  # of a direction, in norms of v*, tried for its KL
+RANDOM = 20  # directions, of which the largest effect is a control
+EVERY = {"heldin": 4, "validation": 4, "heldout": 2}  # which prompts a checkpoint is measured on
+GREEDY = {"base": ("base", 0), "DPO": ("dpo", 0), "base + v*": ("base", 1), "DPO − v*": ("dpo", -1)}
 HELD = 0.95  # of the preference vectors' squared norm: what their span holds
 
 
 class Checkpoint(Study):
-    """A partner at one stop of its run, measured on half of the held-out prompts and, for v*, a quarter of the held-in
-    ones: there are many of them. It was trained on all."""
+    """A partner at one stop of its run, measured on a part of the prompts (EVERY), since there are many of them. It was
+    trained on all."""
 
     @cached_property
     def pairs(self) -> dict[str, list[PreferencePair]]:
         """The pairs that it is measured on, by split."""
-        whole = super().pairs
-        return whole | {"heldin": whole["heldin"][::4], "heldout": whole["heldout"][::2]}
+        return {split: kept[:: EVERY[split]] for split, kept in super().pairs.items()}
 
     @cached_property
     def training_pairs(self) -> list[TrainingPair]:
@@ -52,8 +54,10 @@ class Checkpoint(Study):
         """What is measured of a partner at its stop, by name."""
         v, delta, base = self.direction(), self.displacements("heldout"), self.final("base", "heldout")
         kl, kl_with_v = self.strength().mean(axis=1)
-        shifts = spectra.random_displacements(v.norm().repeat(100), len(v), self.profile.seed)
+        shifts = spectra.matched_shifts(v, base.mean(0), 100, self.profile.seed)
         entropy, own = spectra.spectrum(base + delta).entropy, spectra.spectrum(delta)
+        centred = [spectra.spectrum(states, centred=True).entropy for states in (base + delta, base)]
+        k = held_by(self.token_vectors())
         return {
             "strength": kl,
             self.task.preferred: self.outcome("dpo", 0, "preferred").mean(),
@@ -67,8 +71,41 @@ class Checkpoint(Study):
             "cosine to the first step": spectra.cosines(v[None], self.first_step).item(),
             "rises": (delta @ self.token_vector().vector > 0).double().mean().item(),
             "entropy": entropy - spectra.shifted_entropies(base, shifts).mean().item(),
-            "inside V": inside(delta, self.token_vectors()),
-        } | ({"lead": (self.lead("dpo") - self.lead("base")).mean()} if self.task.has_facts else {})
+            "entropy, centred": centred[0] - centred[1],
+            "inside V": inside(delta, spectra.spectrum(self.token_vectors()).directions[:k]),
+            "inside the base's components": inside(delta, spectra.spectrum(base, centred=True).directions[:k]),
+        } | self._of_facts()
+
+    def _of_facts(self) -> dict[str, float]:
+        """What becomes of facts: the share that is stated right, and by how many nats the true value leads."""
+        if not self.task.has_facts:
+            return {}
+        stated = [np.nanmean(self.outcome(role, 0, "fact")) for role in ("dpo", "base")]
+        return {"lead": (self.lead("dpo") - self.lead("base")).mean(), "facts stated": stated[0] - stated[1]}
+
+    def controls(self) -> dict[str, float]:
+        """What is measured of the partner that is studied alone: what random directions do at equal KL, the dose at
+        which it meets the base, what greedy answers say, and the last block."""
+        random = self.at_equal_kl(spectra.random_displacements(torch.ones(RANDOM), len(self.direction()), 1).float())
+        last = self.states("heldout")
+        late = last["dpo", self.lm.sites[-2], "prompt_last"] - last["base", self.lm.sites[-2], "prompt_last"]
+        largest = {
+            name: max(self._share(role, x) for x in self._by_arm(role, sign * random))
+            for name, role, sign in (("recovered", "base", 1), ("restored", "dpo", -1))
+        }
+        return {f"{name}, largest random": share for name, share in largest.items()} | {
+            "λ*": self.meeting_dose(),
+            **{f"greedy, {name}": self.greedy(*arm)["preferred"].mean() for name, arm in GREEDY.items()},
+            "σ1 share, last block": spectra.spectrum(late).mass(1)[0].item(),
+            "σ1 share, last block, base": spectra.spectrum(last["base", self.lm.sites[-2], "prompt_last"])
+            .mass(1)[0]
+            .item(),
+        }
+
+    def _by_arm(self, role: str, deltas: Tensor) -> list[np.ndarray]:
+        """The preferred behaviour of a model with each of `deltas`, (arms, d), added at `final`: (N,) each."""
+        table = self.sweep(role, "final", deltas)
+        return [estimates.by_prompt(table, "preferred", arm=arm) for arm in range(len(deltas))]
 
     def _share(self, role: str, steered: np.ndarray) -> float:
         """The recovered or restored share of the preferred behaviour."""
@@ -79,8 +116,8 @@ class Checkpoint(Study):
     def meeting_dose(self) -> float:
         """lambda*: the dose at which DPO - lambda v* shows as much of the preferred behaviour as the base; nan where no
         dose of DOSES reaches it."""
-        table = self.sweep("dpo", "final", -DOSES[:, None] * self.direction())
-        left = [1.0] + [1 - self._share("dpo", x) for _, x in table.groupby("arm")["preferred"].apply(np.array).items()]
+        arms = self._by_arm("dpo", -DOSES[:, None] * self.direction())
+        left = [1.0, *(1 - self._share("dpo", x) for x in arms)]
         doses = [0.0, *DOSES.tolist()]
         for (x, above), (y, below) in zip(zip(doses, left), zip(doses[1:], left[1:])):
             if above > 0 >= below:
@@ -99,13 +136,15 @@ class Checkpoint(Study):
         return torch.tensor(scales, dtype=units.dtype)[:, None] * units
 
 
-def inside(delta: Tensor, V: Tensor) -> float:
-    """The share of the squared norm of displacements, (N, d), in the span of the leading directions that hold HELD of
-    the preference vectors', (M, d)."""
-    found = spectra.spectrum(V)
-    k = int((found.shares.cumsum(0) < HELD).sum()) + 1
+def held_by(V: Tensor) -> int:
+    """How many leading directions hold HELD of the squared norm of the preference vectors, (M, d)."""
+    return int((spectra.spectrum(V).shares.cumsum(0) < HELD).sum()) + 1
+
+
+def inside(delta: Tensor, directions: Tensor) -> float:
+    """The share of the squared norm of displacements, (N, d), along orthonormal directions, (k, d)."""
     delta = delta.double()
-    return ((delta @ found.directions[:k].T).square().sum() / delta.square().sum()).item()
+    return ((delta @ directions.T).square().sum() / delta.square().sum()).item()
 
 
 def curve(run: Sequence[Checkpoint]) -> pd.DataFrame:

@@ -144,10 +144,11 @@ class Study(Subject):
         said of them and the first one's text and token ids."""
         return self._judged(split, self._sampled(role, self.prompts(split), self.profile.sizes.draws))
 
-    def greedy(self, role: str) -> pd.DataFrame:
-        """The likeliest answer, token by token, to each held-out prompt, judged."""
-        prompts = self.prompts("heldout")
-        return self._judged("heldout", sampled(self.lm.role(role), prompts, self.profile.sizes.new_tokens, None))
+    def greedy(self, role: str, dose: float = 0) -> pd.DataFrame:
+        """The likeliest answer, token by token, to each held-out prompt, judged, with a dose of v* at `final`."""
+        most, prompts = self.profile.sizes.new_tokens, self.prompts("heldout")
+        arm = (FINAL, dose * self.direction()[None]) if dose else ()
+        return self._judged("heldout", sampled(self.lm.role(role), prompts, most, None, 1, *arm))
 
     def sweep(
         self, role: str, site: str, deltas: Tensor, span: str = "response", split: str = "heldout"

@@ -17,8 +17,8 @@ STOPS = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
 class Recipe(Settings):
     """How a partner is trained (TRL's DPOTrainer, a PEFT LoRA adapter on every linear layer of the blocks).
 
-    The learning rate is constant after a short warm-up, so that a run that is stopped early is the beginning of the
-    whole one, and both are had by one training.
+    The learning rate is constant, from the first step on: a run that is stopped early is the beginning of the whole
+    one, both are had by one training, and the first step is one of the others' size.
     objective: "dpo", or "sft", the control that keeps the same batches and steps and drops the sigmoid term.
     labels: which answer of a pair counts as chosen: the "true" one or, as controls, either at random ("shuffled") or
     the other one ("reversed").
