@@ -210,7 +210,8 @@ def prepare(studies: Sequence[Subject], name: str, stages: Stages | None = None)
     missing.sort(key=lambda study: study.has(lambda study: study.chosen.adapter))
     computed = partial(_compute, stages)
     kinds = [(type(study), study.profile) for study in missing]
-    if missing and architecture.is_small(missing[0].lm.base):
+    embedded = missing and missing[0].profile.model == profiles.EMBEDDED  # whose base need not be made to be measured
+    if embedded or (missing and architecture.is_small(missing[0].lm.base)):
         parallel.each(computed, kinds, name)
     else:  # one model in memory: a study of its own each, gone with its model when it is done
         for kind in kinds:
