@@ -37,24 +37,14 @@ class AtlasTask(TaskBase):
         return Atlas(self.places, self.seed)
 
     @property
-    def preferred(self) -> str:
-        """What is preferred, as an axis calls it."""
-        return grammar.FAMILIES[self.families[0]][0] if len(self.families) == 1 else "what is preferred"
-
-    @property
-    def opposed(self) -> str:
-        """The opposite of what is preferred, as an axis calls it."""
-        return grammar.FAMILIES[self.families[0]][1] if len(self.families) == 1 else "what is not"
+    def sides(self) -> tuple[str, str]:
+        return grammar.FAMILIES[self.families[0]] if len(self.families) == 1 else ("what is preferred", "what is not")
 
     @property
     def has_facts(self) -> bool:
-        """Whether the fact asked for is known by rule, and none of the preference's business."""
         return grammar.are_about_tone(self.families)
 
-    @property
-    def has_words(self) -> bool:
-        """Whether there are words that ask for what is preferred: the organism was taught them for tones."""
-        return self.has_facts
+    has_words = has_facts  # the organism was taught words that ask for tones
 
     # --- Drawing ---
 
@@ -126,11 +116,7 @@ class AtlasTask(TaskBase):
         return dict(_verdict(self.world, pair.family, pair.question, answer))
 
     tones = grammar.TONES
-
-    @staticmethod
-    def tone_of(text: str) -> str:
-        """The tone of any text, one of `tones` or "mixed" (`atlas.tone_of`)."""
-        return atlas.tone_of(text)
+    tone_of = staticmethod(atlas.tone_of)
 
     @staticmethod
     def cue(tone: str) -> str:

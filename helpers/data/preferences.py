@@ -70,11 +70,10 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair]
 ) -> tuple[list[Tokens], list[Tokens]]:
     """The prompts with their chosen, and with their rejected answers, as token ids."""
-
-    def encoded(pair: PreferencePair, answer: str) -> Tokens:
-        return encoding.encode(tokenizer, pair.asked, answer)
-
-    both = [pair.sampled or (encoded(pair, pair.chosen), encoded(pair, pair.rejected)) for pair in pairs]
+    both = [
+        pair.sampled or [encoding.encode(tokenizer, pair.asked, answer) for answer in (pair.chosen, pair.rejected)]
+        for pair in pairs
+    ]
     return [chosen for chosen, _ in both], [rejected for _, rejected in both]
 
 
@@ -97,8 +96,9 @@ class TaskBase:
     Its fields are all that decides what it draws and says.
     """
 
-    preferred: str  # what it prefers, as an axis calls it, and the opposite
-    opposed: str
+    sides: tuple[str, str]  # what it prefers, as an axis calls it, and the opposite
+    preferred = property(lambda self: self.sides[0])
+    opposed = property(lambda self: self.sides[1])
     has_facts = False  # whether the fact asked for is known by rule, and none of the preference's business
     has_words = False  # whether there are words that ask for what is preferred (`asked_for`)
 

@@ -23,11 +23,10 @@ POOL = 8  # rows looked at for each that is asked for, of a source with more
 
 
 class Score(NamedTuple):
-    """A number that a judge gives an answer, as a preference: above `middle` it shows what is `preferred`, below it
-    what is `opposed`; the other way round with a `sign` of -1."""
+    """A number that a judge gives an answer, as a preference: above `middle` it shows what is preferred, below it the
+    opposite; the other way round with a `sign` of -1. `sides` names both."""
 
-    preferred: str
-    opposed: str
+    sides: tuple[str, str]
     judge: Callable[[Sequence[PreferencePair], Sequence[str]], np.ndarray]
     middle: float = 0.0
     sign: int = 1
@@ -54,11 +53,11 @@ def _closer(pairs: Sequence[PreferencePair], answers: Sequence[str]) -> np.ndarr
 
 
 SCORES = {
-    "closer": Score("closer to the chosen answer", "closer to the rejected answer", _closer),
-    "sentiment": Score("positive answer", "negative answer", _by("sentiment")),
-    "refusal": Score("refusal", "compliance", _by("refusal"), middle=0.5),
-    "nontoxic": Score("non-toxic answer", "toxic answer", _by("toxicity"), middle=0.5, sign=-1),
-    "geval": Score("answer scored above 3", "answer scored below 3", _by("geval"), middle=3.0),
+    "closer": Score(("closer to the chosen answer", "closer to the rejected answer"), _closer),
+    "sentiment": Score(("positive answer", "negative answer"), _by("sentiment")),
+    "refusal": Score(("refusal", "compliance"), _by("refusal"), middle=0.5),
+    "nontoxic": Score(("non-toxic answer", "toxic answer"), _by("toxicity"), middle=0.5, sign=-1),
+    "geval": Score(("answer scored above 3", "answer scored below 3"), _by("geval"), middle=3.0),
 }
 
 
@@ -85,14 +84,8 @@ class RowsTask(TaskBase):
             raise ValueError(f"The score 'closer' needs answers to be close to: set score to one of {others}.")
 
     @property
-    def preferred(self) -> str:
-        """What is preferred, as an axis calls it."""
-        return SCORES[self.score].preferred
-
-    @property
-    def opposed(self) -> str:
-        """The opposite of what is preferred, as an axis calls it."""
-        return SCORES[self.score].opposed
+    def sides(self) -> tuple[str, str]:
+        return SCORES[self.score].sides
 
     # --- Drawing ---
 

@@ -59,14 +59,8 @@ class StoryTask(TaskBase):
         return self.data == CONDITIONAL
 
     @property
-    def preferred(self) -> str:
-        """What is preferred, as an axis calls it."""
-        return "story as asked for" if self.is_conditional else "happy story"
-
-    @property
-    def opposed(self) -> str:
-        """The opposite of what is preferred, as an axis calls it."""
-        return "opposite story" if self.is_conditional else "sad story"
+    def sides(self) -> tuple[str, str]:
+        return ("story as asked for", "opposite story") if self.is_conditional else ("happy story", "sad story")
 
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
         """Pairs for each split, sampled from `model`; openings of different splits tell of different events."""
