@@ -1,11 +1,8 @@
 """G-Eval (Liu et al. 2023, arXiv:2303.16634): a language model behind any OpenAI-compatible endpoint scores answers.
 
-The environment says where the judge is: JUDGE_BASE_URL (such as http://localhost:8000/v1), JUDGE_MODEL and, where the
-endpoint asks for one, JUDGE_API_KEY. JUDGE_PRICE ("0.15,0.60": dollars per million tokens read and written) lets the
-cost be told. JUDGE_BUDGET is what one process may spend: dollars where a price is known (1 unless it is set), else
-requests with all retries (1000). Requests under way are finished, so dollars may pass it by what WORKERS requests cost.
-JUDGE_TIMEOUT is how many seconds a request may take (60). The key goes to that endpoint and nowhere else (endpoint.py),
-and no error keeps the request it came from.
+The environment says where the judge is and what may be spent on it (endpoint.py), by one process and with all retries.
+Requests under way are finished, so dollars may pass the budget by what WORKERS requests cost. No error keeps the
+request it came from, which holds the key.
 """
 
 import math
@@ -15,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -75,12 +73,10 @@ class Ledger:
     failures: Counter = field(default_factory=Counter)  # answers, by reason
 
     def dollars(self, prices: tuple[float, float]) -> float:
-        """What the tokens cost."""
         return (self.read * prices[0] + self.written * prices[1]) / 1e6
 
     @property
     def failures_in_words(self) -> str:
-        """How many answers failed for each reason."""
         return ", ".join(f"{n} {reason}" for reason, n in sorted(self.failures.items()))
 
 
@@ -125,15 +121,16 @@ class Client:
         """One line: requests, failures, tokens and, where a price is known, dollars."""
         ledger, prices = self.ledger, self.endpoint.prices
         why = f" ({ledger.failures_in_words})" if ledger.failures else ""
-        parts = [f"{ledger.requests} requests", f"{ledger.failures.total()} failed{why}"]
-        parts.append(f"{ledger.read} + {ledger.written} tokens")
-        parts += [f"${ledger.dollars(prices):.4f}"] if prices else []
+        failed, tokens = f"{ledger.failures.total()} failed{why}", f"{ledger.read} + {ledger.written} tokens"
+        parts = [f"{ledger.requests} requests", failed, tokens]
+        if prices:
+            parts.append(f"${ledger.dollars(prices):.4f}")
         if ledger.over_budget:
             parts.append(f"{ledger.over_budget} not asked for, {self.endpoint.budget_in_words} being used up")
         return f"G-Eval by {self.endpoint.model}: {', '.join(parts)}."
 
     def _judge(self, form: str) -> float:
-        """Ask for one form's score; nan, and counted, where none comes."""
+        """Ask for one form's score and book what it cost; nan, and counted, where no score comes."""
         outcome = self._asked(form)
         if isinstance(outcome, Unavailable):
             raise outcome
@@ -188,14 +185,11 @@ class Client:
     def _reply(self, form: str) -> ChatCompletion:
         """The endpoint's reply, without probabilities where it takes no request for them."""
         ask = self._openai.chat.completions.create
-        request = {
-            "model": self.endpoint.model, "messages": [{"role": "user", "content": form}], "temperature": 0,
-        }  # fmt: skip
+        messages = [{"role": "user", "content": form}]
+        request = {"model": self.endpoint.model, "messages": messages, "temperature": 0}
         if self._tells_probabilities:
-            try:
+            with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
                 return ask(**request, **WEIGHTED)
-            except (openai.BadRequestError, openai.UnprocessableEntityError):
-                pass
         reply = ask(**request)
         self._tells_probabilities = False
         return reply
