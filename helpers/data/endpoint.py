@@ -80,8 +80,8 @@ class Endpoint:
 
 
 def from_environment() -> Endpoint:
-    """What the environment says: JUDGE_BASE_URL, JUDGE_MODEL, where one is asked for JUDGE_API_KEY, and if set JUDGE_PRICE
-    ("0.15,0.60"), JUDGE_BUDGET and JUDGE_TIMEOUT. Raises Unavailable where one is missing or cannot be read."""
+    """What the environment says: JUDGE_BASE_URL, JUDGE_MODEL, where it is asked for JUDGE_API_KEY, and where set
+    JUDGE_PRICE ("0.15,0.60"), JUDGE_BUDGET and JUDGE_TIMEOUT. Raises Unavailable where one lacks or cannot be read."""
     given = {name: _Secret(os.environ.get(f"JUDGE_{name}", "").strip()) for name in ("BASE_URL", "MODEL", "API_KEY")}
     missing = [f"JUDGE_{name}" for name in ("BASE_URL", "MODEL") if not given[name]]
     if missing:
