@@ -112,10 +112,7 @@ class View:
 
 
 class Explorer:
-    """A study's base and partner, steered at will.
-
-    directions: of a site and a position, {name: (d,)}.
-    """
+    """A study's base and partner, steered at will. directions: of a site and a position, {name: (d,)}."""
 
     def __init__(self, study: Study, directions: Callable[[str, str], dict[str, Tensor]]):
         self.study, self.directions = study, directions
@@ -146,7 +143,10 @@ class Explorer:
         Raises ValueError for a prompt that is empty or too long and for a direction that there is not at the site.
         """
         prompt = self._prompt(setting.prompt)
-        delta = setting.dose * self._direction(setting)
+        directions = self.directions(setting.site, setting.position)
+        if setting.direction not in directions:
+            raise ValueError(f"There is no {setting.direction} at {setting.site}: choose {' or '.join(directions)}.")
+        delta = setting.dose * directions[setting.direction]
         yield "The base model is answering …"
         base, steered = self._told("base", prompt, delta, setting)
         yield "The DPO model is answering …"
@@ -170,12 +170,6 @@ class Explorer:
                 f"an answer of {answer}: shorten it."
             )
         return ids
-
-    def _direction(self, setting: Setting) -> Tensor:
-        found = self.directions(setting.site, setting.position)
-        if setting.direction not in found:
-            raise ValueError(f"There is no {setting.direction} at {setting.site}: choose {' or '.join(found)}.")
-        return found[setting.direction]
 
     def _told(self, role: str, prompt: list[int], delta: Tensor, setting: Setting) -> tuple[Told, Told]:
         """What a model says without and with `delta`, one after the other."""
@@ -228,16 +222,13 @@ class Plane:
     @classmethod
     def through(cls, base: Tensor, dpo: Tensor, v: Tensor) -> "Plane":
         """From the states of a base and its partner, (N, d) each, and v*, (d,)."""
-        base, along = base.double(), v.double() / v.double().norm()
-        centred = base - base.mean(0)
+        origin, along = base.double().mean(0), v.double() / v.double().norm()
+        centred = base.double() - origin
         _, _, components = torch.linalg.svd(centred - torch.outer(centred @ along, along), full_matrices=False)
-        origin, axes = base.mean(0), torch.stack([along, components[0]])
-        clouds = {
-            role: ((states - origin) @ axes.T).numpy() for role, states in (("base", base), ("dpo", dpo.double()))
-        }
-        ends = [(extreme(clouds["base"][:, 0]), extreme(clouds["dpo"][:, 0])) for extreme in (np.min, np.max)]
-        three = 3 * v.norm().item()
-        return cls(origin, axes, clouds, (min(ends[0]) - three, max(ends[1]) + three))
+        axes = torch.stack([along, components[0]])
+        clouds = {role: ((at.double() - origin) @ axes.T).numpy() for role, at in (("base", base), ("dpo", dpo))}
+        coordinates, three = np.concatenate([cloud[:, 0] for cloud in clouds.values()]), 3 * v.norm().item()
+        return cls(origin, axes, clouds, (coordinates.min() - three, coordinates.max() + three))
 
     def at(self, states: Tensor) -> np.ndarray:
         """(..., d) -> (..., 2)"""
