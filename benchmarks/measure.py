@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -24,26 +23,6 @@ TOLERANCE = 1e-3  # largest difference of two float32 states of size 1 that batc
 Times = dict[str, list[float]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A ratio of medians of seconds, its smallest and largest value in one repetition, and what it should be at most.
-
-    A target of None marks a ratio that is reported and not aimed at.
-    """
-
-    name: str
-    ratio: float
-    low: float
-    high: float
-    target: float | None
-
-    @property
-    def verdict(self) -> str:
-        if self.target is None:
-            return ""
-        return "met" if self.ratio <= self.target else "missed"
-
-
 def main(path: Path) -> None:
     """Measure everything on one subject and write `path`."""
     s = subject()
@@ -61,7 +40,7 @@ def main(path: Path) -> None:
     print(table(rows))
     report = {
         "about": about(),
-        "rows": [asdict(r) | {"verdict": r.verdict} for r in rows],
+        "rows": rows,
         "seconds": times,
         "largest_difference": differences,
         "sweep_agreement": agreement,
@@ -76,8 +55,8 @@ def measure_extraction(s: Subject) -> tuple[Times, dict[str, float]]:
         "ours": contenders.ours(s),
         "plain": contenders.plain(s),
         "repeng": contenders.repeng(s),
-        "nnsight": contenders.nnsight_full(s),
-        "nnsight_stopped": contenders.nnsight_stopped(s),
+        "nnsight": contenders.nnsight_trace(s, stopped=False),
+        "nnsight_stopped": contenders.nnsight_trace(s, stopped=True),
     }
     differences = check_states(s, {name: call() for name, call in calls.items()})  # the warm-up too
     return interleaved(calls, REPETITIONS), differences
@@ -133,26 +112,28 @@ def interleaved(calls: dict[str, Callable[[], Tensor]], repetitions: int) -> Tim
     return times
 
 
-def row(name: str, times: Times, above: str, below: str, target: float | None) -> Row:
-    """The ratio of one call's seconds to another's."""
+def row(name: str, times: Times, above: str, below: str, target: float | None) -> dict:
+    """The ratio of one call's median seconds to another's, the smallest and the largest of one repetition, and what it
+    should be at most; a target of None marks a ratio that is reported and not aimed at."""
     ratios = [a / b for a, b in zip(times[above], times[below])]
-    return Row(name, median(times[above]) / median(times[below]), min(ratios), max(ratios), target)
+    ratio = median(times[above]) / median(times[below])
+    verdict = "" if target is None else "met" if ratio <= target else "missed"
+    spread = {"low": min(ratios), "high": max(ratios)}
+    return {"name": name, "ratio": ratio, **spread, "target": target, "verdict": verdict}
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| what | ratio | spread | target | |", "|---|---|---|---|---|"]
-    for r in rows:
-        target = "" if r.target is None else f"<= {r.target:.2f}"
-        lines.append(f"| {r.name} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {target} | {r.verdict} |")
-    return "\n".join(lines)
+    line = "| {name} | {ratio:.2f} | {low:.2f} to {high:.2f} | {aim} | {verdict} |"
+    aims = ["" if row["target"] is None else f"<= {row['target']:.2f}" for row in rows]
+    head = ["| what | ratio | spread | target | |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(line.format(**row, aim=aim) for row, aim in zip(rows, aims))])
 
 
 def about() -> dict:
     """What the figures depend on: versions, cores, the model and the prompts."""
-    packages = ("torch", "transformers", "repeng", "nnsight")
     return {
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in ("torch", "transformers", "repeng", "nnsight")},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "model": {"layers": LAYERS, "width": WIDTH, "vocabulary": VOCABULARY, "dtype": "float32"},
