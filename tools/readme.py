@@ -31,16 +31,14 @@ def rendered(text: str, root: Path) -> str:
 
 
 def scorecard(ledger: dict[str, dict], asked: Iterable[str]) -> str:
-    """A row a claim: which, what it says in plain words, what was measured, the verdict and what a reader of it has to
-    know."""
+    """A row a claim: what it says in plain words, what was measured, the verdict and what its reader has to know."""
     lines = ["| Claim | It says | Measured | Verdict |", "|---|---|---|---|"]
     for name in asked:
         if name in ledger:
-            caveat = claims.filled(claims.ALL[name].caveat, ledger)
+            claim = claims.ALL[name]
+            caveat = claims.filled(claim.caveat, ledger)
             verdict = f"**{ledger[name]['verdict']}**" + (f": {caveat}" if caveat else "")
-            lines.append(
-                _row(name, claims.ALL[name].plain, f"{claims.ALL[name].quantity} {_measured(ledger[name])}", verdict)
-            )
+            lines.append(_row(name, claim.plain, f"{claim.quantity} {_measured(ledger[name])}", verdict))
     return "\n".join(lines)
 
 
