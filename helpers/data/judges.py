@@ -38,22 +38,17 @@ def distinct_n(answers: Iterable[str | Sequence], n: int) -> float:
     (arXiv:1510.03055) divide by the number of tokens; dividing by n-grams, as is common since, makes 1 the most there
     can be for every n. It falls as a corpus grows: compare only corpora of one size.
     """
-    grams = [gram for answer in answers for gram in _n_grams(answer, n)]
+    if n < 1:
+        raise ValueError(f"An n-gram has at least one word, got n = {n}.")
+    said = [answer.split() if isinstance(answer, str) else list(answer) for answer in answers]
+    grams = [gram for words in said for gram in zip(*(words[i:] for i in range(n)))]
     return len(set(grams)) / len(grams) if grams else np.nan
 
 
 def repetition(answer: str | Sequence, n: int = 4) -> float:
     """seq-rep-n of Welleck et al. 2020 (arXiv:1908.04319): the share of an answer's n-grams that already occurred in
     it, 1 - |distinct n-grams| / |n-grams|, 0..1; nan for an answer of fewer than n words or tokens."""
-    grams = _n_grams(answer, n)
-    return 1 - len(set(grams)) / len(grams) if grams else np.nan
-
-
-def _n_grams(answer: str | Sequence, n: int) -> list[tuple]:
-    if n < 1:
-        raise ValueError(f"An n-gram has at least one word, got n = {n}.")
-    words = answer.split() if isinstance(answer, str) else list(answer)
-    return list(zip(*(words[i:] for i in range(n))))
+    return 1 - distinct_n([answer], n)
 
 
 # --- Refusal, by published phrases ---
@@ -115,21 +110,17 @@ def _classifier(source: str) -> tuple[TextClassificationPipeline, str]:
         ) from error
     if report["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise Unavailable(f"{source} is no trained classifier: its weights lack {min(report['missing_keys'])}.")
-    label = _toxic_label(source, model.config.id2label)
+    labels = model.config.id2label.values()
+    toxic = [label for label in labels if label.lower() in ("toxic", "toxicity")]
+    if len(toxic) != 1:
+        raise Unavailable(
+            f"{source} does not say which of its labels ({', '.join(labels)}) is the toxic one: name it toxic in "
+            "id2label of its config.json."
+        )
     longest = min(tokenizer.model_max_length, model.config.max_position_embeddings - 2)  # RoBERTa counts from 2
     return TextClassificationPipeline(
         model=model.eval(), tokenizer=tokenizer, top_k=None, truncation=True, max_length=longest
-    ), label
-
-
-def _toxic_label(source: str, labels: dict[int, str]) -> str:
-    toxic = [label for label in labels.values() if label.lower() in ("toxic", "toxicity")]
-    if len(toxic) != 1:
-        raise Unavailable(
-            f"{source} does not say which of its labels ({', '.join(labels.values())}) is the toxic one: name it "
-            "toxic in id2label of its config.json."
-        )
-    return toxic[0]
+    ), toxic[0]
 
 
 # --- The judges ---
