@@ -134,26 +134,20 @@ class Client:
         outcome = self._asked(form)
         if isinstance(outcome, Unavailable):
             raise outcome
-        with self._lock:
-            return self._booked(outcome)
-
-    def _booked(self, outcome: ChatCompletion | _NoScore | _BudgetSpent) -> float:
-        """The score in an outcome, or nan, after the ledger has got it. Raises Unavailable where a cost is unknown."""
         ledger, failed = self.ledger, isinstance(outcome, Exception)
-        score, tokens = (None, None) if failed else (_score(outcome), _usage(outcome))
-        if tokens:
-            ledger.read, ledger.written = ledger.read + tokens[0], ledger.written + tokens[1]
-        if isinstance(outcome, _BudgetSpent):
-            ledger.over_budget += 1
-        elif score is None:
-            ledger.failures[str(outcome) if failed else "without a score"] += 1
-        elif self.endpoint.prices and not tokens:
+        score, tokens = (None, (0, 0)) if failed else (_score(outcome), _usage(outcome))
+        if score is not None and self.endpoint.prices and tokens is None:
             raise Unavailable(
                 f"The judge {self.endpoint.model} reports no token usage, so its cost is not known: unset JUDGE_PRICE "
                 "and give JUDGE_BUDGET as a number of requests."
             )
-        else:
-            ledger.judged += 1
+        with self._lock:
+            read, written = tokens or (0, 0)
+            ledger.read, ledger.written = ledger.read + read, ledger.written + written
+            ledger.over_budget += isinstance(outcome, _BudgetSpent)
+            ledger.judged += score is not None
+            if score is None and not isinstance(outcome, _BudgetSpent):
+                ledger.failures[str(outcome) if failed else "without a score"] += 1
         return math.nan if score is None else score
 
     def _asked(self, form: str) -> ChatCompletion | Exception:
