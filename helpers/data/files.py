@@ -48,9 +48,9 @@ def local_file(source: str) -> Path | None:
     refuse_folder(source)  # which `datasets` would read in place of a hub id of the same name
     path = Path(source).expanduser()
     named = is_file(path.name)
-    if path.is_file() and not named:
-        raise ValueError(f"The data file {source} is of no kind that is read: give {FORMATS}.")
     if path.is_file():
+        if not named:
+            raise ValueError(f"The data file {source} is of no kind that is read: give {FORMATS}.")
         return path
     if named or not HUB_ID.fullmatch(source):
         raise FileNotFoundError(
@@ -145,15 +145,12 @@ def from_hub(source: str, columns: Collection[str] = ()) -> tuple[list[dict], li
 
     Raises ValueError where it cannot be had.
     """
-    named, builder = HUB_ID.fullmatch(source), _builder(source)
-    name = named["name"]
+    name, split, builder = *HUB_ID.fullmatch(source).group("name", "split"), _builder(source)
     with _asking_the_hub(source):
         builder.download_and_prepare()
         splits = builder.as_dataset()
-    wanted = [named["split"]] if named["split"] else DEFAULT_SPLITS
-    found = [split for split in wanted if split in splits]
-    if not named["split"] and len(splits) == 1:
-        found += splits
+    wanted = [split] if split else splits if len(splits) == 1 else DEFAULT_SPLITS
+    found = [one for one in wanted if one in splits]
     if not found:
         example = f"{name}:{next(iter(splits))}"
         raise ValueError(f"The data set {name} has the splits {', '.join(splits)}: name one, as in {example}.")

@@ -79,8 +79,7 @@ def encode_pairs(
 
 def begins(one: Tokens, other: Tokens) -> bool:
     """Whether one response is the other's beginning: then no token tells them apart."""
-    shorter = min(len(one.response), len(other.response))
-    return one.response[:shorter] == other.response[:shorter]
+    return all(token == another for token, another in zip(one.response, other.response))
 
 
 class Drawn(NamedTuple):

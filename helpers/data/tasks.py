@@ -18,7 +18,7 @@ def task(data: str, score: str, seed: int, sizes: Sizes, places: int) -> Task:
     source = naming.source_of(data)
     if source is not None:
         judge, content = judges.content_id(score), files.content_id(source)
-        return RowsTask(source, naming.is_on_policy(data), score, seed, sizes, judge, content)
+        return RowsTask(source, data.startswith(naming.ON_POLICY), score, seed, sizes, judge, content)
     if data.startswith(catalogue.ATLAS):
         return AtlasTask(catalogue.families(data), places, seed, sizes)
     return StoryTask(data, seed, sizes)
