@@ -75,6 +75,7 @@ def write_tokens(axes: Axes, told: Told, y: float, left: float, right: float, st
     """
     renderer, x = axes.figure.canvas.get_renderer(), left
     style = {"transform": axes.transAxes, "fontsize": 8, "va": "baseline", "parse_math": False}
+    box = {"boxstyle": "square,pad=0.12", "linewidth": 0, "edgecolor": "none"}
     texts = [axes.text(left, y, " ".join(token.split("\n")), **style) for token in told.tokens]
     whole = axes.get_window_extent(renderer).width
     widths = [_advance(text, renderer) / whole for text in texts]
@@ -84,10 +85,7 @@ def write_tokens(axes: Axes, told: Told, y: float, left: float, right: float, st
         if i in starts and x + sum(widths[i : min((j for j in starts if j > i), default=None)]) > right:
             x, y = left, y - step
         text.set_position((x, y))
-        colour, alpha = _colour(change)
-        text.set_bbox(
-            {"boxstyle": "square,pad=0.12", "facecolor": (colour, alpha), "linewidth": 0, "edgecolor": "none"}
-        )
+        text.set_bbox(box | {"facecolor": _colour(change)})
         x += widths[i]
     return y - step
 
@@ -245,11 +243,7 @@ def panel(explorer: Explorer, start: Setting, prompts: Sequence[str]) -> ipywidg
         dose = round(c["dose"].value, 6)  # steps add up to 1.2500000000000009
         return Setting(*(c[name].value for name in ("prompt", "site", "position", "direction")), dose, seed)
 
-    def pick(change) -> None:
-        if change["new"]:
-            c["prompt"].value = change["new"]
-
-    c["pick"].observe(pick, "value")
+    ipywidgets.dlink((c["pick"], "value"), (c["prompt"], "value"), lambda picked: picked or c["prompt"].value)
     for name in ("prompt", "site", "position", "direction", "dose", "sample", "seed"):
         c[name].observe(lambda _: latest(chosen()), "value")
     latest(start)
