@@ -38,9 +38,7 @@ def ours(s: Subject) -> Call:
 
 def plain(s: Subject) -> Call:
     """A forward pass with logits, right-padded, without a KV cache; it keeps the last token's logits (N, vocabulary).
-
-    It reads no hidden state: what it takes is a lower bound for reading them in arrival order.
-    """
+    It reads no hidden state: what it takes is a lower bound for reading them in arrival order."""
 
     @torch.no_grad()
     def call() -> Tensor:

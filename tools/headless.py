@@ -53,9 +53,7 @@ class Tee:
 
 def applies(tags: Iterable[str], profile: Profile) -> bool:
     """Whether a cell with these tags is about a study: every tag must be true of its profile (`facts`).
-
-    Raises ValueError for a tag that is not known.
-    """
+    Raises ValueError for a tag that is not known."""
     known = facts(profile) | dict.fromkeys(PAPERMILL_TAGS, True)
     for tag in tags:
         if tag not in known:
@@ -101,9 +99,7 @@ def prepare(name: str, profile: Profile, parameters: dict[str, str], folder: Pat
 
 def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -> Path:
     """Execute notebooks/<name>.ipynb and return the finished copy in `folder`. Raises PapermillExecutionError.
-
-    parameters: those that differ from the notebook's own, so that a default run needs no injected cell.
-    """
+    parameters: those that differ from the notebook's own, so that a default run needs no injected cell."""
     folder.mkdir(parents=True, exist_ok=True)
     finished, partial, log = (folder / f"{name}{end}" for end in (".ipynb", ".partial.ipynb", ".log"))
     finished.unlink(missing_ok=True)

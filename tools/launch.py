@@ -113,9 +113,7 @@ def check(profile: Profile, processes: int, share: int | None) -> None:
 
 def join(profile: Profile) -> PartialState:
     """Join the other processes on the profile's device, a GPU each where it is cuda.
-
-    Raises ValueError for a launcher's setup that is not data parallel, or not on that device.
-    """
+    Raises ValueError for a launcher's setup that is not data parallel, or not on that device."""
     if any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM")):
         raise ValueError("Each process trains a whole copy of the model: launch without DeepSpeed, FSDP or Megatron.")
     # the profile's dtype and device decide how it is trained, not what the launcher was once configured to

@@ -15,9 +15,7 @@ PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
 
 def rendered(text: str, root: Path) -> str:
     """The README's text with every block between `<!-- name -->` and `<!-- /name -->` written anew.
-
-    Raises ValueError for a block whose markers are not there exactly once.
-    """
+    Raises ValueError for a block whose markers are not there exactly once."""
     folder = root / "figures" / DEFAULT_PROFILE
     ledger = _ledger(folder)
     ours = f"What the paper leaves open, by predictions of our own:\n\n{scorecard(ledger, claims.OURS)}"

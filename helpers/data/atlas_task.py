@@ -17,9 +17,7 @@ from helpers.world.question import Question
 @dataclass(frozen=True)
 class AtlasTask(TaskBase):
     """Preferences about the organism's world: one of its families, or a mixture of several in equal shares.
-
-    families: names in grammar.FAMILIES. places, seed: as of the Atlas; the seed draws the pairs too.
-    """
+    families: names in grammar.FAMILIES. places, seed: as of the Atlas; the seed draws the pairs too."""
 
     families: tuple[str, ...]
     places: int
@@ -68,10 +66,8 @@ class AtlasTask(TaskBase):
         ]
 
     def _questions(self, family: str, split: str, n: int, rng: random.Random) -> list[Question]:
-        """Prompts of one family. In a mixture no family is trained on what another one teaches otherwise.
-
-        Reported numbers of `tone` are about questions, where belief is known; it is trained on requests for harm too.
-        """
+        """Prompts of one family. In a mixture no family is trained on what another one teaches otherwise. Reported
+        numbers of `tone` are about questions, where belief is known; it is trained on requests for harm too."""
         if family == "belief":
             return draw_prompts(rng, self.world.questions("belief", split), n, split)
         also_harm = split == "heldin" and family == "tone" and "refusal" not in self.families

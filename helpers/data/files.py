@@ -28,9 +28,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 def content_id(source: str) -> str:
     """What decides the rows of a source: the sha256 of a local file, or a hub id, with its commit unless it names one.
-
-    Raises FileNotFoundError or ValueError for data that cannot be had.
-    """
+    Raises FileNotFoundError or ValueError for data that cannot be had."""
     path = local_file(source)
     if path is None:
         is_pinned = _COMMIT.fullmatch(HUB_ID.fullmatch(source)["revision"] or "")
@@ -62,9 +60,7 @@ def local_file(source: str) -> Path | None:
 
 def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list[str]]:
     """The rows of a .jsonl, .json or .parquet file, gzipped or not, and its columns. Raises ValueError for any other.
-
-    columns: those that a parquet file is read for, all by default; Python cannot hold whatever may be in others.
-    """
+    columns: those that a parquet file is read for, all by default; Python cannot hold whatever may be in others."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -82,9 +78,7 @@ def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list
 
 def _from_json(text: str, path: Path) -> list[dict]:
     """The objects of one list, or one a line, whatever the file's suffix.
-
-    Only \\n ends a line here: a JSON string may hold what Unicode counts as other line ends.
-    """
+    Only \\n ends a line here: a JSON string may hold what Unicode counts as other line ends."""
     if text.lstrip().startswith("["):
         records = _parsed(text, 1, path)
     else:
@@ -142,9 +136,7 @@ def _builder(source: str) -> datasets.DatasetBuilder:
 
 def from_hub(source: str, columns: Collection[str] = ()) -> tuple[list[dict], list[str]]:
     """The rows of a split of a data set of the hub, with some columns or all, and the names of all its columns.
-
-    Raises ValueError where it cannot be had.
-    """
+    Raises ValueError where it cannot be had."""
     name, split, builder = *HUB_ID.fullmatch(source).group("name", "split"), _builder(source)
     with _asking_the_hub(source):
         builder.download_and_prepare()

@@ -91,9 +91,7 @@ class Drawn(NamedTuple):
 
 class TaskBase:
     """A kind of preference: where its pairs come from, and a judge of any answer to their prompts.
-
-    Its fields are all that decides what it draws and says.
-    """
+    Its fields are all that decides what it draws and says."""
 
     sides: tuple[str, str]  # what it prefers, as an axis calls it, and the opposite
     preferred = property(lambda self: self.sides[0])

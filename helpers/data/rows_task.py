@@ -91,9 +91,7 @@ class RowsTask(TaskBase):
 
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
         """Pairs for each split; no dialogue's opening is in two. Rows that do not fit the model are set aside.
-
-        Raises ValueError where too few fit, and where the source has changed since the task was made.
-        """
+        Raises ValueError where too few fit, and where the source has changed since the task was made."""
         if files.content_id(self.source) != self.content:
             raise ValueError(f"The data {self.source} have changed since they were looked up: load the study anew.")
         rows, account = self._split(sources.read(self.source), model, tokenizer)

@@ -55,10 +55,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The pairs of a source, in its order, and how many of its `total` rows were set aside for each reason.
-
-    `total` counts rows, except of OASST1: there it counts the prompts that have answers, each of which could be a pair.
-    """
+    """The pairs of a source, in its order, and how many of its `total` rows were set aside for each reason. `total`
+    counts rows, except of OASST1: there it counts the prompts that have answers, each of which could be a pair."""
 
     rows: tuple[Row, ...]
     set_aside: dict[str, int]
@@ -102,9 +100,7 @@ def read(source: str) -> Rows:
 
 def split(rows: Rows, sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
     """Draw as many rows for each split as `sizes` asks for; no opening, and so no prompt, is in two splits.
-
-    The draw depends on the seed and the rows, not on their order. Raises ValueError where the rows are too few.
-    """
+    The draw depends on the seed and the rows, not on their order. Raises ValueError where the rows are too few."""
 
     def lot(row: Row) -> str:
         return hashlib.sha256(f"{seed}/{row}".encode()).hexdigest()

@@ -37,9 +37,7 @@ class NotMade(artifacts.NotCached):
 
 def require(study: Study, profile: str, model: str = "", data: str = "", dpo_model: str = "") -> None:
     """Raise NotMade, with the command that makes them, unless a study's models and states are in the cache.
-
-    profile, model, data, dpo_model: as they were given to `study.load`.
-    """
+    profile, model, data, dpo_model: as they were given to `study.load`."""
     if not study.has(lambda study: [study.chosen.failed, study.states("heldin"), study.states("heldout")]):
         given = {"PROFILE": profile, "MODEL": model, "DPO_MODEL": dpo_model, "DATA": data}
         command = " ".join(["make figures", *(f"{name}={value}" for name, value in given.items() if value)])
@@ -139,9 +137,7 @@ class Explorer:
 
     def look(self, setting: Setting) -> Iterator[str]:
         """Yield what is done next, as text, and return the View.
-
-        Raises ValueError for a prompt that is empty or too long and for a direction that there is not at the site.
-        """
+        Raises ValueError for a prompt that is empty or too long and for a direction that there is not at the site."""
         prompt = self._prompt(setting.prompt)
         directions = self.directions(setting.site, setting.position)
         if setting.direction not in directions:

@@ -70,9 +70,7 @@ def _colour(change: float) -> tuple[str, float]:
 
 def write_tokens(axes: Axes, told: Told, y: float, left: float, right: float, step: float) -> float:
     """Write an answer between two x, its tokens coloured by their changes, from y downwards; return where it ends.
-
-    All in axes' coordinates, the axes 1 wide and 1 high; step: from line to line.
-    """
+    All in axes' coordinates, the axes 1 wide and 1 high; step: from line to line."""
     renderer, x = axes.figure.canvas.get_renderer(), left
     style = {"transform": axes.transAxes, "fontsize": 8, "va": "baseline", "parse_math": False}
     box = {"boxstyle": "square,pad=0.12", "linewidth": 0, "edgecolor": "none"}
@@ -101,9 +99,7 @@ def _advance(text: Text, renderer) -> float:
 
 def sheet(explorer: Explorer, views: Sequence[View]) -> Figure:
     """The static picture: what steered base and steered DPO say at some doses, and where that takes the last prompt.
-
-    views: of one setting at several doses. The next-token panel is about the last of them.
-    """
+    views: of one setting at several doses. The next-token panel is about the last of them."""
     rows = _row(views) * len(views) + 0.3
     figure, panels = plt.subplot_mosaic(
         [["text", "text"], ["next", "plane"]], figsize=(figures.WIDTH * 1.25, rows + 3.1), height_ratios=[rows, 3.1]

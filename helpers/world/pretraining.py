@@ -134,9 +134,7 @@ def _encode_all(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[atlas.
 
 def _in_batches(sequences: list[Tokens], size: int, rng: random.Random) -> list[Tokens]:
     """Shuffle so that each run of `size` sequences is of similar length, and little is padding.
-
-    Trainer's own grouping by length orders whole runs of batches from long to short, and the organism learnt worse.
-    """
+    Trainer's own grouping by length orders whole runs of batches from long to short, and the organism learnt worse."""
     shuffled = rng.sample(sequences, len(sequences))
     batches = []
     for i in range(0, len(shuffled), 8 * size):
