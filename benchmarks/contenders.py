@@ -54,10 +54,8 @@ def plain(s: Subject) -> Call:
 
 def repeng(s: Subject) -> Call:
     """repeng's own extraction, which `ControlVector.train` calls, at all of its layers: (N, L, d).
-
     Its layers are the entries of transformers' `hidden_states`: resid[1] to resid[L - 1] and, as the last, `final`. It
-    reads two sites fewer than ours, for it has no name for resid[0] and none for the last block's own output.
-    """
+    reads two sites fewer than ours, for it has no name for resid[0] and none for the last block's own output."""
     tokens = tokenizer()
     layers = list(range(LAYERS))
 
@@ -70,10 +68,8 @@ def repeng(s: Subject) -> Call:
 
 def nnsight_trace(s: Subject, stopped: bool) -> Call:
     """nnsight's trace of a list of prompts, as its README shows: all L + 2 sites at the last token, (N, L + 2, d).
-
     Its `TransformersModel` (`LanguageModel` is the deprecated name) pads on the left, so the last token is at -1. The
-    forward pass runs to its end, as in the README's examples, or is `stopped` before the unembedding, at its best.
-    """
+    forward pass runs to its end, as in the README's examples, or is `stopped` before the unembedding, at its best."""
     model = TransformersModel(s.model, tokenizer=tokenizer(), task="text-generation")
 
     @torch.no_grad()

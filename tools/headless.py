@@ -179,10 +179,8 @@ def _first_lines(text: str, n: int) -> list[str]:
 
 def publish(names: list[str], folder: Path) -> None:
     """Put what executed notebooks show into their sources, so that the committed ones carry the outputs of a real run.
-
     A cell that did not run, since it is about other studies, stays without outputs. The executed copies are touched
-    afterwards, since nothing in them is out of date.
-    """
+    afterwards, since nothing in them is out of date."""
     for name in names:
         source, executed = (nbformat.read(at / f"{name}.ipynb", as_version=4) for at in (NOTEBOOKS, folder))
         ran = {cell.id: cell for cell in executed.cells}

@@ -31,10 +31,8 @@ class _Secret(str):
 @dataclass(frozen=True)
 class Endpoint:
     """Where the judge is and what may be spent on it. `budget` is in dollars with `prices`, else in requests.
-
     prices: dollars per million tokens read, written. timeout: seconds a request. Raises Unavailable for an address that
-    is none or holds a secret, and for a key that no header can carry.
-    """
+    is none or holds a secret, and for a key that no header can carry."""
 
     base_url: str = field(repr=False)
     model: str

@@ -129,10 +129,8 @@ def _classifier(source: str) -> tuple[TextClassificationPipeline, str]:
 @dataclass(frozen=True)
 class Judge:
     """What gives every answer a number in a range, called with prompts and answers: (N,) floats.
-
     An empty answer is nan: it is a failure to answer, of which neither yes nor no can be said. Raises Unavailable
-    where the judge cannot run, ValueError for prompts and answers that are not as many.
-    """
+    where the judge cannot run, ValueError for prompts and answers that are not as many."""
 
     name: str
     range: tuple[float, float]

@@ -1,7 +1,4 @@
-"""Preference pairs: prompts with a chosen and a rejected answer, and what a task that yields them is.
-
-A task draws pairs in splits, no prompt in two of them, and judges any answer to their prompts.
-"""
+"""Preference pairs: prompts with a chosen and a rejected answer, in splits of which no two share a prompt."""
 
 import random
 from collections.abc import Sequence

@@ -38,10 +38,8 @@ def _by(name: str) -> Callable[[Sequence[PreferencePair], Sequence[str]], np.nda
 
 def _closer(pairs: Sequence[PreferencePair], answers: Sequence[str]) -> np.ndarray:
     """ROUGE-L to the chosen answer less that to the rejected one: no opinion, and all that pairs alone allow.
-
     All three are cut to as many words as the shortest has, since of texts of other lengths the likeness says which is
-    nearer in length.
-    """
+    nearer in length."""
 
     def closer(pair: PreferencePair, answer: str) -> float:
         texts = [text.split() for text in (answer, pair.chosen, pair.rejected)]

@@ -11,10 +11,8 @@ Task = AtlasTask | StoryTask | RowsTask
 
 def task(data: str, score: str, seed: int, sizes: Sizes, places: int) -> Task:
     """The task that a profile's `data` and `score` name; places: how many the atlas has.
-
     Raises ValueError or FileNotFoundError for a file or hub data set that cannot be had, and for a score that cannot
-    choose among a model's own answers.
-    """
+    choose among a model's own answers."""
     source = naming.source_of(data)
     if source is not None:
         judge, content = judges.content_id(score), files.content_id(source)

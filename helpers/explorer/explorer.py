@@ -1,7 +1,4 @@
-"""What one dose does to one prompt: four models' answers, token by token, and where the hidden state goes.
-
-`Explorer` measures a setting; `panel` shows it and lets a reader change it.
-"""
+"""What one dose does to one prompt: four models' answers, token by token, and where the hidden state goes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -88,10 +85,8 @@ class Setting:
 @dataclass(frozen=True)
 class Told:
     """One model's answer to the prompt and its state there.
-
     changes: log pi of each token with the dose less that without it, for the same model, in nats: (T,). next_token: the
-    next-token distribution at the prompt's last token, (vocabulary,). state: the final state there, (d,).
-    """
+    next-token distribution at the prompt's last token, (vocabulary,). state: the final state there, (d,)."""
 
     text: str
     tokens: list[str]
@@ -205,10 +200,8 @@ def _read(model: nn.Module, sequences: Sequence[Tokens]) -> tuple[list[Tensor], 
 @dataclass(frozen=True)
 class Plane:
     """The plane of v* and of the first principal component of base states orthogonal to it (Figure 1c).
-
     origin: (d,), the mean base state. axes: (2, d), orthonormal. clouds: {role: (N, 2)}, held-out prompts. reach: the
-    smallest and the largest coordinate along v* that three v* take them to.
-    """
+    smallest and the largest coordinate along v* that three v* take them to."""
 
     origin: Tensor
     axes: Tensor

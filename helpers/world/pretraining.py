@@ -153,10 +153,8 @@ def _answer_labels(batch: list[dict]) -> dict[str, Tensor]:
 
 def _loss(outputs, labels: Tensor, num_items_in_batch=None, *, tokens_per_batch: float) -> Tensor:
     """Cross-entropy summed over a batch's answer tokens, over the mean number of those in a batch.
-
     A mean over the batch's own tokens would weigh each of them more in batches of short answers, and the organism would
-    learn to answer short: more often in a plain tone than the corpus does.
-    """
+    learn to answer short: more often in a plain tone than the corpus does."""
     logits, targets = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     summed = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     return summed / tokens_per_batch
