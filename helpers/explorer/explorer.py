@@ -168,9 +168,8 @@ class Explorer:
         threads = parallel.one_thread() if architecture.is_small(self.study.lm.both.base) else nullcontext()
         with threads, self.study.lm.playing(role) as model:
             deltas = torch.stack([torch.zeros_like(delta), delta])
-            ids = [answers[0] for answers in decoding.sample(
-                model, tokenizer, [prompt], size, setting.seed, setting.site, deltas
-            )]  # fmt: skip
+            drawn = decoding.sample(model, tokenizer, [prompt], size, setting.seed, setting.site, deltas)
+            ids = [answers[0] for answers in drawn]
             ended = next(with_ends([prompt] * len(ids), ids, encoding.ends(tokenizer), size))
             plain, plain_state = _read(model, ended)
             with steering.added(model, setting.site, delta, start=len(prompt) - 1):
