@@ -38,13 +38,8 @@ def main(path: Path) -> None:
         row(f"sweep of {len(contenders.DOSES)} doses as one batch / in runs", times, "one batch", "runs", 0.60),
     ]
     print(table(rows))
-    report = {
-        "about": about(),
-        "rows": rows,
-        "seconds": times,
-        "largest_difference": differences,
-        "sweep_agreement": agreement,
-    }
+    report = {"about": about(), "rows": rows, "seconds": times}
+    report |= {"largest_difference": differences, "sweep_agreement": agreement}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
 

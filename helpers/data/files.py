@@ -69,9 +69,7 @@ def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list
             return _from_arrow(parquet.read_table(io.BytesIO(content)), columns)
         text = content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"The data file {path} cannot be read ({_first_line(error)}): get or write it anew."
-        ) from error
+        raise ValueError(f"The data file {path} cannot be read ({_headline(error)}): get or write it anew.") from error
     records = _from_json(text, path)
     return records, list(dict.fromkeys(column for record in records for column in record))
 
@@ -95,7 +93,7 @@ def _parsed(text: str, line: int, path: Path):
     except (ValueError, RecursionError) as error:  # the latter where brackets are nested without end
         line += getattr(error, "lineno", 1) - 1
         raise ValueError(
-            f"The data file {path} is not JSON in line {line} ({_first_line(error)}): mend it, so that there is one "
+            f"The data file {path} is not JSON in line {line} ({_headline(error)}): mend it, so that there is one "
             "object a line or one list of objects."
         ) from error
 
@@ -149,5 +147,5 @@ def from_hub(source: str, columns: Collection[str] = ()) -> tuple[list[dict], li
     return _from_arrow(splits[found[0]].with_format("arrow")[:], columns)
 
 
-def _first_line(error: Exception) -> str:
+def _headline(error: Exception) -> str:
     return str(error).partition("\n")[0]
