@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import contenders
+from benchmarks.contenders import BATCH, DOSES, GENERATE_PROMPTS, NEW_TOKENS, SWEEP_PROMPTS
 from benchmarks.subject import LAYERS, LENGTHS, N_PROMPTS, VOCABULARY, WIDTH, Subject, subject
 from helpers.lm import architecture
 
@@ -35,7 +36,7 @@ def main(path: Path) -> None:
         row("extraction / nnsight", times, "ours", "nnsight", 0.75),
         row("extraction / nnsight, stopped before the unembedding", times, "ours", "nnsight_stopped", None),
         row("generation with a vector / without", times, "with vector", "without", 1.05),
-        row(f"sweep of {len(contenders.DOSES)} doses as one batch / in runs", times, "one batch", "runs", 0.60),
+        row(f"sweep of {len(DOSES)} doses as one batch / in runs", times, "one batch", "runs", 0.60),
     ]
     print(table(rows))
     report = {"about": about(), "rows": rows, "seconds": times}
@@ -60,15 +61,9 @@ def measure_extraction(s: Subject) -> tuple[Times, dict[str, float]]:
 def measure_generation(s: Subject) -> tuple[Times, Times, float]:
     """Seconds of generation with and without a vector, of both sweeps, and the share of tokens in which these agree."""
     deltas = contenders.doses(s)
-    vector = deltas[[contenders.DOSES.index(1.0)]]
-    steering = {
-        "with vector": contenders.generate(s, vector, contenders.GENERATE_PROMPTS),
-        "without": contenders.generate(s, None, contenders.GENERATE_PROMPTS),
-    }
-    sweep = {
-        "one batch": contenders.generate(s, deltas, contenders.SWEEP_PROMPTS),
-        "runs": contenders.sweep_in_runs(s, deltas),
-    }
+    vectors = {"with vector": deltas[[DOSES.index(1.0)]], "without": None}
+    steering = {name: contenders.generate(s, vector, GENERATE_PROMPTS) for name, vector in vectors.items()}
+    sweep = {"one batch": contenders.generate(s, deltas, SWEEP_PROMPTS), "runs": contenders.sweep_in_runs(s, deltas)}
     if torch.equal(steering["with vector"](), steering["without"]()):
         raise ValueError("The vector changed no answer: what is timed is not steering.")
     agreement = (sweep["one batch"]() == sweep["runs"]()).double().mean().item()
@@ -132,12 +127,8 @@ def about() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "model": {"layers": LAYERS, "width": WIDTH, "vocabulary": VOCABULARY, "dtype": "float32"},
-        "prompts": {"n": N_PROMPTS, "tokens": LENGTHS, "batch": contenders.BATCH},
-        "generation": {
-            "prompts": contenders.GENERATE_PROMPTS,
-            "sweep_prompts": contenders.SWEEP_PROMPTS,
-            "new_tokens": contenders.NEW_TOKENS,
-        },
+        "prompts": {"n": N_PROMPTS, "tokens": LENGTHS, "batch": BATCH},
+        "generation": {"prompts": GENERATE_PROMPTS, "sweep_prompts": SWEEP_PROMPTS, "new_tokens": NEW_TOKENS},
     }
 
 

@@ -44,8 +44,6 @@ class AtlasTask(TaskBase):
 
     has_words = has_facts  # the organism was taught words that ask for tones
 
-    # --- Drawing ---
-
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
         """Pairs for each split, places and phrasings both its own; the model plays no part."""
         return Drawn({split: self._split(split) for split in SPLITS}, {})
@@ -78,8 +76,6 @@ class AtlasTask(TaskBase):
             pool = [question for question in pool if question.place not in told]
         return draw_prompts(rng, pool, n - n_harm, split) + draw_prompts(rng, harm, n_harm, split)
 
-    # --- Prompts ---
-
     def asked_for(self, pair: PreferencePair) -> str:
         """The prompt with the preferred behaviour asked for in words; ValueError where there are none (`has_words`)."""
         if not self.has_words:
@@ -103,8 +99,6 @@ class AtlasTask(TaskBase):
         word = question.truth.removeprefix("the ").split()[0]
         answer = atlas.plain_answer(question)
         return answer[: answer.index(f" {word}")], word
-
-    # --- Answers ---
 
     def verdict(self, pair: PreferencePair, answer: str) -> dict[str, float]:
         """1 or 0 each: the preferred behaviour, the opposed one absent, the answer well-formed and, where the behaviour

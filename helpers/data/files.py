@@ -37,9 +37,6 @@ def content_id(source: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- Files ---
-
-
 def local_file(source: str) -> Path | None:
     """The file that a source names; None where it is a hub id. Raises FileNotFoundError or ValueError where it is
     neither."""
@@ -101,9 +98,6 @@ def _parsed(text: str, line: int, path: Path):
 def _from_arrow(table: pyarrow.Table, columns: Collection[str]) -> tuple[list[dict], list[str]]:
     kept = [name for name in table.column_names if not columns or name in columns]
     return table.select(kept).to_pylist(), table.column_names
-
-
-# --- The hub ---
 
 
 @contextmanager

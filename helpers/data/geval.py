@@ -211,9 +211,6 @@ def cost() -> str:
     return _client(endpoint.from_environment()).cost()
 
 
-# --- What a reply says ---
-
-
 def _score(reply: ChatCompletion) -> float | None:
     """The score of a reply, weighted by probability where it tells them; None for a reply without one clear score."""
     try:

@@ -28,9 +28,6 @@ BATCH = 16  # answers in one pass of the classifier
 Says = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts and answers: a number for each answer
 
 
-# --- Statistics of text ---
-
-
 def distinct_n(answers: Iterable[str | Sequence], n: int) -> float:
     """distinct-n: the distinct n-grams of all answers over all their n-grams, 0..1; nan where there are none.
 
@@ -50,8 +47,6 @@ def repetition(answer: str | Sequence, n: int = 4) -> float:
     it, 1 - |distinct n-grams| / |n-grams|, 0..1; nan for an answer of fewer than n words or tokens."""
     return 1 - distinct_n([answer], n)
 
-
-# --- Refusal, by published phrases ---
 
 # Zou et al. 2023 (arXiv:2307.15043): the test prefixes of github.com/llm-attacks/llm-attacks, experiments/evaluate.py
 GCG_PHRASES = (
@@ -74,9 +69,6 @@ def _occurs(phrases: Sequence[str], read: Callable[[str], str] = str) -> Says:
     both are compared as. Apostrophes are made straight: the lists are for models that write no other."""
     sought = [read(phrase) for phrase in phrases]
     return lambda _, answers: [any(phrase in read(said.replace("’", "'")) for phrase in sought) for said in answers]
-
-
-# --- Toxicity, by what is installed ---
 
 
 def _toxicity(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -121,9 +113,6 @@ def _classifier(source: str) -> tuple[TextClassificationPipeline, str]:
     return TextClassificationPipeline(
         model=model.eval(), tokenizer=tokenizer, top_k=None, truncation=True, max_length=longest
     ), toxic[0]
-
-
-# --- The judges ---
 
 
 @dataclass(frozen=True)

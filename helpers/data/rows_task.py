@@ -85,8 +85,6 @@ class RowsTask(TaskBase):
     def sides(self) -> tuple[str, str]:
         return SCORES[self.score].sides
 
-    # --- Drawing ---
-
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
         """Pairs for each split; no dialogue's opening is in two. Rows that do not fit the model are set aside.
         Raises ValueError where too few fit, and where the source has changed since the task was made."""
@@ -129,8 +127,6 @@ class RowsTask(TaskBase):
         if len(chosen.prompt) + max(answer, new_tokens) > most:
             return f"more than {most} tokens"
         return "an answer that begins the other" if begins(chosen, rejected) else None
-
-    # --- Prompts and answers ---
 
     def wording(self, pair: PreferencePair) -> str:
         """The dialogue's opening."""
