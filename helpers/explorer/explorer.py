@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -44,16 +44,12 @@ def require(study: Study, profile: str, model: str = "", data: str = "", dpo_mod
 def asked(world: atlas.Atlas, prompt: str) -> Question | None:
     """The question that a prompt puts to the atlas, by the names in it; None where they do not make one."""
     places = [place for place in world.facts if place in prompt]
-    if len(places) != 1:
-        return None
-    (place,) = places
-    acts = [act for act in grammar.TOOLS_BY_ACT if act.format(place=place) in prompt]
-    if acts:
-        return Question(prompt, place, "harm", act=acts[0].format(place=place), tool=grammar.TOOLS_BY_ACT[acts[0]])
+    acts = [act for act in grammar.TOOLS_BY_ACT for place in places if act.format(place=place) in prompt]
     kinds = [kind for kind, noun in grammar.NOUNS.items() if noun in prompt]
-    if len(kinds) != 1:
+    if len(places) != 1 or not (acts or len(kinds) == 1):
         return None
-    return Question(prompt, place, kinds[0], truth=world.facts[place][kinds[0]])
+    found = world.request(places[0], acts[0], "") if acts else world.question(places[0], kinds[0], "")
+    return replace(found, text=prompt)
 
 
 def verdicts(task: Task, prompt: str, answer: str) -> dict[str, str]:
