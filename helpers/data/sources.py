@@ -12,7 +12,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from helpers.data.files import from_hub, local_file, rows_of
 from helpers.lm.encoding import Message, Prompt
@@ -232,12 +231,11 @@ def _of_trees(records: list[dict]) -> tuple[str, list, Callable[..., Row]]:
     for record in records:
         if record.get("role") == "assistant":
             answers[str(record.get("parent_id"))].append(record)
-    return "OASST1 message trees", list(answers.items()), partial(_best_and_worst, messages=messages)
+    return "OASST1 message trees", list(answers.items()), lambda item: _best_and_worst(*item, messages)
 
 
-def _best_and_worst(item: tuple[str, list[dict]], messages: dict[str, dict]) -> Row:
+def _best_and_worst(asked: str, answers: list[dict], messages: dict[str, dict]) -> Row:
     """Of the answers to one message those of the lowest rank, which is the best, and of the highest."""
-    asked, answers = item
     ranked = [a for a in answers if _stands(a) and isinstance(a.get("rank"), int | float) and a["rank"] == a["rank"]]
     ranked.sort(key=lambda answer: answer["rank"])
     if len(ranked) < 2:
