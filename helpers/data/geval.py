@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 import openai
@@ -236,14 +237,9 @@ def _written_score(text: str) -> tuple[int, int] | None:
 
 def _expected_score(tokens: Sequence, score: int, start: int) -> float | None:
     """sum_s p(s) s over the scores that the endpoint tells a probability of, at the token where the score stands."""
-    position = 0
-    for token in tokens:
-        if position + len(token.token) > start:
-            break
-        position += len(token.token)
-    else:
-        return None
-    if token.token.strip() != str(score):
+    ends = accumulate(len(token.token) for token in tokens)
+    token = next((token for token, end in zip(tokens, ends) if end > start), None)
+    if token is None or token.token.strip() != str(score):
         return None
     told = {other.token: other.logprob for other in [*(token.top_logprobs or []), token]}
     p = np.zeros(HIGH + 1)
