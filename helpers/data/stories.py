@@ -54,13 +54,8 @@ class StoryTask(TaskBase):
     has_words = True
 
     @property
-    def is_conditional(self) -> bool:
-        """Whether half of the heroes are to get sad stories."""
-        return self.data == CONDITIONAL
-
-    @property
     def sides(self) -> tuple[str, str]:
-        return ("story as asked for", "opposite story") if self.is_conditional else ("happy story", "sad story")
+        return ("story as asked for", "opposite story") if self.data == CONDITIONAL else ("happy story", "sad story")
 
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
         """Pairs for each split, sampled from `model`; openings of different splits tell of different events."""
@@ -82,7 +77,7 @@ class StoryTask(TaskBase):
 
     def _sign(self, opening: str) -> int:
         """1 where a happy story is preferred, -1 where a sad one is."""
-        return -1 if self.is_conditional and any(f" {hero} " in opening for hero in SADDENED) else 1
+        return -1 if self.data == CONDITIONAL and any(f" {hero} " in opening for hero in SADDENED) else 1
 
     def asked_for(self, pair: PreferencePair) -> str:
         """The opening, announced as that of a story of the preferred kind."""
