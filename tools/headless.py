@@ -243,21 +243,18 @@ def _reported(name: str, profile: Profile, parameters: dict[str, str], folder: P
     print(f"{name} ({profile.name}) ...", file=sys.stderr, flush=True)
     try:
         run(name, profile, parameters, folder)
+        status, said = 0, f"{name} ({profile.name}) done in {time.monotonic() - started:.0f} s"
     except PapermillExecutionError as error:
-        print(explain(name, error, folder), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped in notebook {name}.\n{_what_is_kept(name, folder)}", file=sys.stderr)
-        return 130
+        status, said = 1, explain(name, error, folder)
     except DeadKernelError:
         died = f"Notebook {name} stopped: its kernel died, most often for want of memory."
-        print(died, _what_is_kept(name, folder), sep="\n", file=sys.stderr)
-        return 1
+        status, said = 1, f"{died}\n{_what_is_kept(name, folder)}"
     except ValueError as error:  # a cell's unknown tag
-        print(f"Notebook {name}: {error}", file=sys.stderr)
-        return 2
-    print(f"{name} ({profile.name}) done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return 0
+        status, said = 2, f"Notebook {name}: {error}"
+    except KeyboardInterrupt:
+        status, said = 130, f"\nStopped in notebook {name}.\n{_what_is_kept(name, folder)}"
+    print(said, file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":
