@@ -12,6 +12,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from operator import eq
 
 from helpers.data.files import from_hub, local_file, rows_of
 from helpers.lm.encoding import Message, Prompt
@@ -130,9 +132,6 @@ def split(rows: Rows, sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
     return {name: sorted(group, key=lot) for name, group in splits.items()}
 
 
-# --- What rows are recognised as ---
-
-
 def _recognised(records: list[dict]) -> tuple[str | None, list, Callable[..., Row]]:
     """The form of most records, the items that are each to be a pair, and what makes a pair of one."""
     records = _without_nesting(records)
@@ -171,8 +170,7 @@ def _of_strings(record: dict) -> Row:
 def _of_shared_text(record: dict) -> Row:
     """The prompt is what both begin with, but for one space at its end: TRL's extract_prompt."""
     chosen, rejected = record["chosen"], record["rejected"]
-    shorter = min(len(chosen), len(rejected))
-    end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    end = sum(takewhile(bool, map(eq, chosen, rejected)))
     end -= chosen[:end].endswith(" ")
     return replace(_row(chosen[:end], chosen[end:], rejected[end:]), is_shared=True)
 
@@ -276,8 +274,7 @@ def _row(prompt: Prompt, chosen: str, rejected: str) -> Row:
         raise _Unusable("an empty answer")
     if not (said and all(text.strip() for text in said)):
         raise _Unusable("an empty prompt or turn")
-    roles = [role for role, _ in turns]
-    roles = roles[1:] if roles[0] == "system" else roles
+    roles = [role for role, _ in turns[turns[0][0] == "system" :]]
     if len(roles) % 2 == 0 or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
         raise _Unusable("turns that do not alternate between user and assistant, the user's first and last")
     return Row(prompt, chosen, rejected)
