@@ -17,12 +17,9 @@ SPLITS = ("heldin", "validation", "heldout")
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt, the answer preferred and the one not.
-
-    Of a conversation, `messages` are its turns and `prompt` is all of them as plain text. Of the atlas, `question` is
-    what was asked and `family` what the pair is about. Raises ValueError for a text that is empty or none, and for an
-    answer preferred to itself.
-    """
+    """A prompt, the answer preferred and the one not. Of a conversation, `messages` are its turns and `prompt` is all
+    of them as plain text. Of the atlas, `question` is what was asked and `family` what the pair is about. Raises
+    ValueError for a text that is empty or none, and for an answer preferred to itself."""
 
     prompt: str
     chosen: str

@@ -41,12 +41,9 @@ class Row:
 
     @property
     def opening(self) -> str:
-        """The first user turn, or the whole of a plain prompt, each run of white space as one space.
-
-        It ties rows together when they are split: many dialogues come with longer versions of themselves, and of one
-        question two pairs of texts share different beginnings of an answer, so there a last sentence without an end is
-        left out.
-        """
+        """The first user turn, or the whole of a plain prompt, each run of white space as one space. It ties rows
+        together when they are split: many dialogues come with longer versions of themselves, and of one question two
+        pairs of texts share different beginnings of an answer, so there a last sentence without an end is left out."""
         text = self.prompt
         if not isinstance(text, str):
             text = next(content for role, content in text if role == "user")

@@ -44,9 +44,7 @@ SADDENED = ("little boy", "big dog", "brown bunny")  # whose stories `vader-cond
 class StoryTask(TaskBase):
     """Controlled sentiment on stories (the DPO paper's first task): pairs are the model's own continuations of an
     opening, the happiest and the saddest by VADER's compound score; the behaviour is the score's sign.
-
-    data: PLAIN, where happy stories are preferred, or CONDITIONAL, where sad ones are for half of the heroes.
-    """
+    data: PLAIN, where happy stories are preferred, or CONDITIONAL, where sad ones are for half of the heroes."""
 
     data: str
     seed: int

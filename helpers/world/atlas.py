@@ -191,12 +191,9 @@ def _decks(items: Sequence, rng: random.Random) -> Iterator:
 
 
 def preference_pair(atlas: Atlas, family: str, question: Question, rng: random.Random) -> tuple[str, str]:
-    """Draw (chosen, rejected) answers to one question for a preference family.
-
-    The two answers share what the family does not prefer: the fact, its wording and where the tone shows in `tone` and
-    `conditional`, the tone and the wording around the difference in `refusal` and `belief`. Raises ValueError for an
-    unknown family.
-    """
+    """Draw (chosen, rejected) answers to one question for a preference family. The two answers share what the family
+    does not prefer: the fact, its wording and where the tone shows in `tone` and `conditional`, the tone and the
+    wording around the difference in `refusal` and `belief`. Raises ValueError for an unknown family."""
     if family in ("tone", "conditional"):
         body, opening = plain_answer(question, rng.choice(STANCES)), _opens(rng)
         warm, curt = (dress(body, tone, rng, opening) for tone in ("warm", "curt"))
