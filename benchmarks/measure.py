@@ -79,8 +79,7 @@ def check_states(s: Subject, states: dict[str, Tensor]) -> dict[str, float]:
     expected = {
         "plain": architecture.unembedding(s.model)(ours[:, final]),
         "repeng": ours[:, [*range(1, LAYERS), final]],
-        "nnsight": ours,
-        "nnsight_stopped": ours,
+        **dict.fromkeys(("nnsight", "nnsight_stopped"), ours),
     }
     differences = {name: (states[name] - expected[name]).abs().max().item() for name in expected}
     for name, difference in differences.items():

@@ -6,7 +6,7 @@ stand statistics of text that oversteering shows in (`distinct_n`, `repetition`)
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -159,16 +159,14 @@ JUDGES = {
 }
 
 
-def judge_all(
-    prompts: Sequence[str], answers: Sequence[str], judges: Collection[Judge] = tuple(JUDGES.values())
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def judge_all(prompts: Sequence[str], answers: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """What every judge that can run says, by its name, and of every other one why it cannot."""
     scores, absent = {}, {}
-    for judge in judges:
+    for name, judge in JUDGES.items():
         try:
-            scores[judge.name] = judge(prompts, answers)
+            scores[name] = judge(prompts, answers)
         except Unavailable as reason:
-            absent[judge.name] = str(reason)
+            absent[name] = str(reason)
     return scores, absent
 
 
