@@ -38,9 +38,7 @@ def ours(s: Subject) -> Call:
 
 def plain(s: Subject) -> Call:
     """A forward pass with logits, right-padded, without a KV cache; it keeps the last token's logits (N, vocabulary).
-
-    It reads no hidden state: what it takes is a lower bound for reading them in arrival order.
-    """
+    It reads no hidden state: what it takes is a lower bound for reading them in arrival order."""
 
     @torch.no_grad()
     def call() -> Tensor:
@@ -56,10 +54,8 @@ def plain(s: Subject) -> Call:
 
 def repeng(s: Subject) -> Call:
     """repeng's own extraction, which `ControlVector.train` calls, at all of its layers: (N, L, d).
-
     Its layers are the entries of transformers' `hidden_states`: resid[1] to resid[L - 1] and, as the last, `final`. It
-    reads two sites fewer than ours, for it has no name for resid[0] and none for the last block's own output.
-    """
+    reads two sites fewer than ours, for it has no name for resid[0] and none for the last block's own output."""
     tokens = tokenizer()
     layers = list(range(LAYERS))
 
@@ -70,32 +66,10 @@ def repeng(s: Subject) -> Call:
     return call
 
 
-def nnsight_full(s: Subject) -> Call:
+def nnsight_trace(s: Subject, stopped: bool) -> Call:
     """nnsight's trace of a list of prompts, as its README shows: all L + 2 sites at the last token, (N, L + 2, d).
-
     Its `TransformersModel` (`LanguageModel` is the deprecated name) pads on the left, so the last token is at -1. The
-    forward pass runs to its end, as in the README's examples.
-    """
-    model = TransformersModel(s.model, tokenizer=tokenizer(), task="text-generation")
-
-    @torch.no_grad()
-    def call() -> Tensor:
-        kept = []
-        for batch in chunks(s.texts):
-            with model.trace(batch):
-                rows = nnsight.save([])
-                rows.append(model.model.layers[0].input[:, -1])
-                for block in model.model.layers:
-                    rows.append(block.output[:, -1])
-                rows.append(model.model.norm.output[:, -1])
-            kept.append(torch.stack(list(rows), dim=1))
-        return torch.cat(kept)
-
-    return call
-
-
-def nnsight_stopped(s: Subject) -> Call:
-    """As `nnsight_full`, but stopping before the unembedding with `tracer.stop()`: nnsight at its best."""
+    forward pass runs to its end, as in the README's examples, or is `stopped` before the unembedding, at its best."""
     model = TransformersModel(s.model, tokenizer=tokenizer(), task="text-generation")
 
     @torch.no_grad()
@@ -108,7 +82,8 @@ def nnsight_stopped(s: Subject) -> Call:
                 for block in model.model.layers:
                     rows.append(block.output[:, -1])
                 rows.append(model.model.norm.output[:, -1])
-                tracer.stop()
+                if stopped:
+                    tracer.stop()
             kept.append(torch.stack(list(rows), dim=1))
         return torch.cat(kept)
 
@@ -119,14 +94,8 @@ def generate(s: Subject, deltas: Tensor | None, n_prompts: int) -> Call:
     """Greedy answers to the first prompts: (arms, n_prompts, NEW_TOKENS) ids; deltas: (arms, d), None for no hook."""
     tokens = tokenizer()
     site = None if deltas is None else SITE
-
-    def call() -> Tensor:
-        answers = decoding.sample(
-            s.model, tokens, s.prompts[:n_prompts], NEW_TOKENS, seed=None, site=site, deltas=deltas
-        )
-        return torch.tensor(answers)
-
-    return call
+    prompts = s.prompts[:n_prompts]
+    return lambda: torch.tensor(decoding.sample(s.model, tokens, prompts, NEW_TOKENS, None, site, deltas))
 
 
 def sweep_in_runs(s: Subject, deltas: Tensor) -> Call:

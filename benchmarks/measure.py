@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import contenders
+from benchmarks.contenders import BATCH, DOSES, GENERATE_PROMPTS, NEW_TOKENS, SWEEP_PROMPTS
 from benchmarks.subject import LAYERS, LENGTHS, N_PROMPTS, VOCABULARY, WIDTH, Subject, subject
 from helpers.lm import architecture
 
@@ -22,26 +22,6 @@ SWEEP_REPETITIONS = 5
 TOLERANCE = 1e-3  # largest difference of two float32 states of size 1 that batching may make
 
 Times = dict[str, list[float]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A ratio of medians of seconds, its smallest and largest value in one repetition, and what it should be at most.
-
-    A target of None marks a ratio that is reported and not aimed at.
-    """
-
-    name: str
-    ratio: float
-    low: float
-    high: float
-    target: float | None
-
-    @property
-    def verdict(self) -> str:
-        if self.target is None:
-            return ""
-        return "met" if self.ratio <= self.target else "missed"
 
 
 def main(path: Path) -> None:
@@ -56,16 +36,11 @@ def main(path: Path) -> None:
         row("extraction / nnsight", times, "ours", "nnsight", 0.75),
         row("extraction / nnsight, stopped before the unembedding", times, "ours", "nnsight_stopped", None),
         row("generation with a vector / without", times, "with vector", "without", 1.05),
-        row(f"sweep of {len(contenders.DOSES)} doses as one batch / in runs", times, "one batch", "runs", 0.60),
+        row(f"sweep of {len(DOSES)} doses as one batch / in runs", times, "one batch", "runs", 0.60),
     ]
     print(table(rows))
-    report = {
-        "about": about(),
-        "rows": [asdict(r) | {"verdict": r.verdict} for r in rows],
-        "seconds": times,
-        "largest_difference": differences,
-        "sweep_agreement": agreement,
-    }
+    report = {"about": about(), "rows": rows, "seconds": times}
+    report |= {"largest_difference": differences, "sweep_agreement": agreement}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -76,8 +51,8 @@ def measure_extraction(s: Subject) -> tuple[Times, dict[str, float]]:
         "ours": contenders.ours(s),
         "plain": contenders.plain(s),
         "repeng": contenders.repeng(s),
-        "nnsight": contenders.nnsight_full(s),
-        "nnsight_stopped": contenders.nnsight_stopped(s),
+        "nnsight": contenders.nnsight_trace(s, stopped=False),
+        "nnsight_stopped": contenders.nnsight_trace(s, stopped=True),
     }
     differences = check_states(s, {name: call() for name, call in calls.items()})  # the warm-up too
     return interleaved(calls, REPETITIONS), differences
@@ -86,15 +61,9 @@ def measure_extraction(s: Subject) -> tuple[Times, dict[str, float]]:
 def measure_generation(s: Subject) -> tuple[Times, Times, float]:
     """Seconds of generation with and without a vector, of both sweeps, and the share of tokens in which these agree."""
     deltas = contenders.doses(s)
-    vector = deltas[[contenders.DOSES.index(1.0)]]
-    steering = {
-        "with vector": contenders.generate(s, vector, contenders.GENERATE_PROMPTS),
-        "without": contenders.generate(s, None, contenders.GENERATE_PROMPTS),
-    }
-    sweep = {
-        "one batch": contenders.generate(s, deltas, contenders.SWEEP_PROMPTS),
-        "runs": contenders.sweep_in_runs(s, deltas),
-    }
+    vectors = {"with vector": deltas[[DOSES.index(1.0)]], "without": None}
+    steering = {name: contenders.generate(s, vector, GENERATE_PROMPTS) for name, vector in vectors.items()}
+    sweep = {"one batch": contenders.generate(s, deltas, SWEEP_PROMPTS), "runs": contenders.sweep_in_runs(s, deltas)}
     if torch.equal(steering["with vector"](), steering["without"]()):
         raise ValueError("The vector changed no answer: what is timed is not steering.")
     agreement = (sweep["one batch"]() == sweep["runs"]()).double().mean().item()
@@ -110,8 +79,7 @@ def check_states(s: Subject, states: dict[str, Tensor]) -> dict[str, float]:
     expected = {
         "plain": architecture.unembedding(s.model)(ours[:, final]),
         "repeng": ours[:, [*range(1, LAYERS), final]],
-        "nnsight": ours,
-        "nnsight_stopped": ours,
+        **dict.fromkeys(("nnsight", "nnsight_stopped"), ours),
     }
     differences = {name: (states[name] - expected[name]).abs().max().item() for name in expected}
     for name, difference in differences.items():
@@ -133,35 +101,33 @@ def interleaved(calls: dict[str, Callable[[], Tensor]], repetitions: int) -> Tim
     return times
 
 
-def row(name: str, times: Times, above: str, below: str, target: float | None) -> Row:
-    """The ratio of one call's seconds to another's."""
+def row(name: str, times: Times, above: str, below: str, target: float | None) -> dict:
+    """The ratio of one call's median seconds to another's, the smallest and the largest of one repetition, and what it
+    should be at most; a target of None marks a ratio that is reported and not aimed at."""
     ratios = [a / b for a, b in zip(times[above], times[below])]
-    return Row(name, median(times[above]) / median(times[below]), min(ratios), max(ratios), target)
+    ratio = median(times[above]) / median(times[below])
+    verdict = "" if target is None else "met" if ratio <= target else "missed"
+    spread = {"low": min(ratios), "high": max(ratios)}
+    return {"name": name, "ratio": ratio, **spread, "target": target, "verdict": verdict}
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| what | ratio | spread | target | |", "|---|---|---|---|---|"]
-    for r in rows:
-        target = "" if r.target is None else f"<= {r.target:.2f}"
-        lines.append(f"| {r.name} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {target} | {r.verdict} |")
-    return "\n".join(lines)
+    line = "| {name} | {ratio:.2f} | {low:.2f} to {high:.2f} | {aim} | {verdict} |"
+    aims = ["" if row["target"] is None else f"<= {row['target']:.2f}" for row in rows]
+    head = ["| what | ratio | spread | target | |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(line.format(**row, aim=aim) for row, aim in zip(rows, aims))])
 
 
 def about() -> dict:
     """What the figures depend on: versions, cores, the model and the prompts."""
-    packages = ("torch", "transformers", "repeng", "nnsight")
     return {
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in ("torch", "transformers", "repeng", "nnsight")},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "model": {"layers": LAYERS, "width": WIDTH, "vocabulary": VOCABULARY, "dtype": "float32"},
-        "prompts": {"n": N_PROMPTS, "tokens": LENGTHS, "batch": contenders.BATCH},
-        "generation": {
-            "prompts": contenders.GENERATE_PROMPTS,
-            "sweep_prompts": contenders.SWEEP_PROMPTS,
-            "new_tokens": contenders.NEW_TOKENS,
-        },
+        "prompts": {"n": N_PROMPTS, "tokens": LENGTHS, "batch": BATCH},
+        "generation": {"prompts": GENERATE_PROMPTS, "sweep_prompts": SWEEP_PROMPTS, "new_tokens": NEW_TOKENS},
     }
 
 

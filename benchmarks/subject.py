@@ -40,16 +40,9 @@ def subject() -> Subject:
 def random_llama() -> LlamaForCausalLM:
     """A Llama of 71 million random weights, in float32, for evaluation; no token ends a sequence."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=1376,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        max_position_embeddings=512,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1376, num_hidden_layers=LAYERS,
+        num_attention_heads=8, max_position_embeddings=512, pad_token_id=PAD, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig()
@@ -68,9 +61,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": PAD} | {str(i): i for i in range(PAD + 1, VOCABULARY)}
     backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
+    read = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        padding_side="right",
-        model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=backend, pad_token="<pad>", padding_side="right", model_input_names=read
     )

@@ -18,10 +18,8 @@ PAUSE = 0.01  # seconds in which the kernel takes the moves that have arrived me
 
 def is_live() -> bool:
     """Whether a person sits at the front end that runs this cell.
-
     Each request to run a cell says whether its sender can answer a question (`allow_stdin`). JupyterLab can; nbclient,
-    and with it papermill, nbmake and nbconvert, cannot, and nobody would see a slider there.
-    """
+    and with it papermill, nbmake and nbconvert, cannot, and nobody would see a slider there."""
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is not None and kernel.get_parent("shell").get("content", {}).get("allow_stdin", False)
 

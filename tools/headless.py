@@ -53,14 +53,12 @@ class Tee:
 
 def applies(tags: Iterable[str], profile: Profile) -> bool:
     """Whether a cell with these tags is about a study: every tag must be true of its profile (`facts`).
-
-    Raises ValueError for a tag that is not known.
-    """
-    known = facts(profile)
+    Raises ValueError for a tag that is not known."""
+    known = facts(profile) | dict.fromkeys(PAPERMILL_TAGS, True)
     for tag in tags:
-        if tag not in known and tag not in PAPERMILL_TAGS:
-            raise ValueError(f"A cell has the unknown tag {tag!r}: there are {', '.join([*known, *PAPERMILL_TAGS])}.")
-    return all(known.get(tag, True) for tag in tags)
+        if tag not in known:
+            raise ValueError(f"A cell has the unknown tag {tag!r}: there are {', '.join(known)}.")
+    return all(known[tag] for tag in tags)
 
 
 @cache
@@ -101,9 +99,7 @@ def prepare(name: str, profile: Profile, parameters: dict[str, str], folder: Pat
 
 def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -> Path:
     """Execute notebooks/<name>.ipynb and return the finished copy in `folder`. Raises PapermillExecutionError.
-
-    parameters: those that differ from the notebook's own, so that a default run needs no injected cell.
-    """
+    parameters: those that differ from the notebook's own, so that a default run needs no injected cell."""
     folder.mkdir(parents=True, exist_ok=True)
     finished, partial, log = (folder / f"{name}{end}" for end in (".ipynb", ".partial.ipynb", ".log"))
     finished.unlink(missing_ok=True)
@@ -111,7 +107,7 @@ def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -
     with log.open("w") as file:
         papermill.execute_notebook(
             partial, partial, parameters, cwd=NOTEBOOKS, progress_bar=False,
-            stdout_file=Tee(file), stderr_file=Tee(sys.stderr, file),
+            stdout_file=file, stderr_file=Tee(sys.stderr, file),
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its unencrypted port, on loopback
         )  # fmt: skip
     notebook = nbformat.read(partial, as_version=4)
@@ -124,73 +120,54 @@ def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -
 def _check_that_all_ran(notebook: NotebookNode) -> None:
     """Raise PapermillExecutionError for a cell that left early: papermill takes sys.exit(0) for success."""
     for i, cell in enumerate(notebook.cells):
-        for output in cell.get("outputs", []):
-            if output.output_type == "error":
-                raise PapermillExecutionError(
-                    i, cell.execution_count, cell.source, output.ename, output.evalue, output.traceback
-                )
+        for at in cell.get("outputs", []):
+            if at.output_type == "error":
+                raise PapermillExecutionError(i, cell.execution_count, cell.source, at.ename, at.evalue, at.traceback)
 
 
 def tidied(notebook: NotebookNode) -> NotebookNode:
     """Drop what should not be kept, or would differ between two runs: progress bars, timings and paths in the metadata,
     addresses in memory, where a stream was cut in two. Warnings and errors stay."""
-    notebook.metadata = {
-        key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata
-    }
+    described = ("kernelspec", "language_info")
+    notebook.metadata = {key: notebook.metadata[key] for key in described if key in notebook.metadata}
     for cell in notebook.cells:
         cell.metadata = {key: cell.metadata[key] for key in ("tags",) if cell.metadata.get(key)}
         if cell.cell_type == "code":
-            kept = [output for output in map(_without_bars, cell.outputs) if output is not None]
-            cell.outputs = reduce(_joined, map(_without_address, kept), [])
+            cell.outputs = reduce(_with, cell.outputs, [])
     return notebook
 
 
-def _joined(outputs: list[NotebookNode], output: NotebookNode) -> list[NotebookNode]:
-    """The outputs with one more, added to the last where both are of one stream."""
-    last = outputs[-1] if outputs else None
-    if last and last.output_type == output.output_type == "stream" and last.name == output.name:
-        last.text += output.text
+def _with(outputs: list[NotebookNode], output: NotebookNode) -> list[NotebookNode]:
+    """The outputs and what is kept of one more, added to the last where both are of one stream."""
+    shown = output.get("data", {})
+    if WIDGET in shown:  # a library's own bar: an empty box where no kernel runs
+        return outputs
+    if "text/plain" in shown:  # an object without a text of its own has its address there, beside a richer form
+        shown["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", shown["text/plain"])
+    if output.get("name") == "stderr":
+        pieces = re.split(r"[\r\n]+", output.text)
+        output.text = "\n".join(p for p in pieces if p.strip() and not re.search(r"\d+%\|.*\[.*\]", p))
+        if not output.text:
+            return outputs
+    if outputs and "name" in output and outputs[-1].get("name") == output.name:
+        outputs[-1].text += output.text
         return outputs
     return [*outputs, output]
 
 
-def _without_address(output: NotebookNode) -> NotebookNode:
-    """An object without a text of its own is shown with its address beside a richer form."""
-    shown = output.get("data", {})
-    if "text/plain" in shown:
-        shown["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", shown["text/plain"])
-    return output
-
-
-def _without_bars(output: NotebookNode) -> NotebookNode | None:
-    if WIDGET in output.get("data", {}):  # a library's own bar: an empty box where no kernel runs
-        return None
-    if output.output_type != "stream" or output.name != "stderr":
-        return output
-    pieces = re.split(r"[\r\n]+", output.text)
-    kept = [piece for piece in pieces if piece.strip() and not re.search(r"\d+%\|.*\[.*\]", piece)]
-    output.text = "\n".join(kept)
-    return output if kept else None
-
-
 def explain(name: str, error: PapermillExecutionError, folder: Path) -> str:
     """What failed, in one screen."""
-    lines = [
-        f"Notebook {name} failed in code cell {error.exec_count}:",
-        "",
-        *(f"    {line}" for line in _first_lines(error.source.strip(), SHOWN_LINES)),
-        "",
-        *_first_lines(f"{error.ename}: {error.evalue}", SHOWN_ERROR_LINES),
-        "",
-        _what_is_kept(name, folder),
-    ]
-    return "\n".join(lines)
+    source = "\n".join(f"    {line}" for line in _first_lines(error.source.strip(), SHOWN_LINES))
+    raised = "\n".join(_first_lines(f"{error.ename}: {error.evalue}", SHOWN_ERROR_LINES))
+    failed = f"Notebook {name} failed in code cell {error.exec_count}:"
+    return "\n\n".join([failed, source, raised, _what_is_kept(name, folder)])
 
 
 def _what_is_kept(name: str, folder: Path) -> str:
+    inside = folder.is_relative_to(places.PROJECT)
+    at = (folder.relative_to(places.PROJECT) if inside else folder) / name
     return (
-        f"All that it printed: {_relative(folder / name)}.log\n"
-        f"All that it had run: {_relative(folder / name)}.partial.ipynb\n"
+        f"All that it printed: {at}.log\nAll that it had run: {at}.partial.ipynb\n"
         "What was computed before is kept: mend the cause and run the same command again."
     )
 
@@ -202,10 +179,8 @@ def _first_lines(text: str, n: int) -> list[str]:
 
 def publish(names: list[str], folder: Path) -> None:
     """Put what executed notebooks show into their sources, so that the committed ones carry the outputs of a real run.
-
     A cell that did not run, since it is about other studies, stays without outputs. The executed copies are touched
-    afterwards, since nothing in them is out of date.
-    """
+    afterwards, since nothing in them is out of date."""
     for name in names:
         source, executed = (nbformat.read(at / f"{name}.ipynb", as_version=4) for at in (NOTEBOOKS, folder))
         ran = {cell.id: cell for cell in executed.cells}
@@ -218,10 +193,6 @@ def publish(names: list[str], folder: Path) -> None:
         source.metadata = executed.metadata
         nbformat.write(source, NOTEBOOKS / f"{name}.ipynb")
         (folder / f"{name}.ipynb").touch()
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(places.PROJECT)) if path.is_relative_to(places.PROJECT) else str(path)
 
 
 def main() -> int:
@@ -272,21 +243,18 @@ def _reported(name: str, profile: Profile, parameters: dict[str, str], folder: P
     print(f"{name} ({profile.name}) ...", file=sys.stderr, flush=True)
     try:
         run(name, profile, parameters, folder)
+        status, said = 0, f"{name} ({profile.name}) done in {time.monotonic() - started:.0f} s"
     except PapermillExecutionError as error:
-        print(explain(name, error, folder), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped in notebook {name}.\n{_what_is_kept(name, folder)}", file=sys.stderr)
-        return 130
+        status, said = 1, explain(name, error, folder)
     except DeadKernelError:
-        print(f"Notebook {name} stopped: its kernel died, most often for want of memory.", file=sys.stderr)
-        print(_what_is_kept(name, folder), file=sys.stderr)
-        return 1
+        died = f"Notebook {name} stopped: its kernel died, most often for want of memory."
+        status, said = 1, f"{died}\n{_what_is_kept(name, folder)}"
     except ValueError as error:  # a cell's unknown tag
-        print(f"Notebook {name}: {error}", file=sys.stderr)
-        return 2
-    print(f"{name} ({profile.name}) done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return 0
+        status, said = 2, f"Notebook {name}: {error}"
+    except KeyboardInterrupt:
+        status, said = 130, f"\nStopped in notebook {name}.\n{_what_is_kept(name, folder)}"
+    print(said, file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
     accelerate launch --num_processes 2 -m tools.launch --profile P
 
-The main process does what a notebook would: it makes the base and the pairs, tries the recipes in order up to the first
-healthy one, and then trains that one with the profile's other seeds. It alone takes the cache's locks for what is made,
-saves and shows progress; the others wait, and take part in each training that it calls them to (data parallel, through
-TRL and accelerate). What it leaves in the cache is found by every notebook, under the key that a single process would
-have used, since a key names the pairs and the recipe and both are the same; `helpers.lm.training.train` says in what
-such a partner differs from one process' own, and `Study.caveat` tells readers of its numbers.
+The main process does what a notebook would, up to the profile's last seed. It alone takes the cache's locks for what is
+made, saves and shows progress; the others wait, and take part in each training that it calls them to (data parallel,
+through TRL and accelerate). What it leaves in the cache is found by every notebook, under the key that a single process
+would have used; `helpers.lm.training.train` says in what such a partner differs from one process' own.
 
 All processes read one cache: on several machines DSTEER_ARTIFACTS has to name a folder that they share.
 """
@@ -55,19 +53,18 @@ class Member(Study):
             return
         if state.is_main_process:
             _tell((recipe, folder))
-        share = self.share or recipe.batch_size // state.num_processes
+        part = recipe.batch_size // state.num_processes
+        share = self.share or part
         try:
             train(base, pairs, recipe, seed, folder, share * state.num_processes)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            raise MemoryError(_out_of_memory(recipe.batch_size // state.num_processes, share)) from error
-
-
-def _out_of_memory(whole: int, share: int) -> str:
-    smaller = [size for size in range(1, share) if whole % size == 0]
-    remedy = f"launch with --share {smaller[-1]}" if smaller else "take more memory, or a smaller model"
-    return f"Training runs out of memory with {share} pair(s) at a time in each process: {remedy}."
+            smaller = [size for size in range(1, share) if part % size == 0]
+            remedy = f"launch with --share {smaller[-1]}" if smaller else "take more memory, or a smaller model"
+            raise MemoryError(
+                f"Training runs out of memory with {share} pair(s) at a time in each process: {remedy}."
+            ) from error
 
 
 def lead(study: Study) -> None:
@@ -116,9 +113,7 @@ def check(profile: Profile, processes: int, share: int | None) -> None:
 
 def join(profile: Profile) -> PartialState:
     """Join the other processes on the profile's device, a GPU each where it is cuda.
-
-    Raises ValueError for a launcher's setup that is not data parallel, or not on that device.
-    """
+    Raises ValueError for a launcher's setup that is not data parallel, or not on that device."""
     if any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM")):
         raise ValueError("Each process trains a whole copy of the model: launch without DeepSpeed, FSDP or Megatron.")
     # the profile's dtype and device decide how it is trained, not what the launcher was once configured to

@@ -15,9 +15,7 @@ PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
 
 def rendered(text: str, root: Path) -> str:
     """The README's text with every block between `<!-- name -->` and `<!-- /name -->` written anew.
-
-    Raises ValueError for a block whose markers are not there exactly once.
-    """
+    Raises ValueError for a block whose markers are not there exactly once."""
     folder = root / "figures" / DEFAULT_PROFILE
     ledger = _ledger(folder)
     ours = f"What the paper leaves open, by predictions of our own:\n\n{scorecard(ledger, claims.OURS)}"
@@ -31,16 +29,13 @@ def rendered(text: str, root: Path) -> str:
 
 
 def scorecard(ledger: dict[str, dict], asked: Iterable[str]) -> str:
-    """A row a claim: which, what it says in plain words, what was measured, the verdict and what a reader of it has to
-    know."""
+    """A row a claim: what it says in plain words, what was measured, the verdict and what its reader has to know."""
     lines = ["| Claim | It says | Measured | Verdict |", "|---|---|---|---|"]
-    for name in asked:
-        if name in ledger:
-            caveat = claims.filled(claims.ALL[name].caveat, ledger)
-            verdict = f"**{ledger[name]['verdict']}**" + (f": {caveat}" if caveat else "")
-            lines.append(
-                _row(name, claims.ALL[name].plain, f"{claims.ALL[name].quantity} {_measured(ledger[name])}", verdict)
-            )
+    for name in (name for name in asked if name in ledger):
+        claim, entry = claims.ALL[name], ledger[name]
+        caveat = claims.filled(claim.caveat, ledger)
+        verdict = f"**{entry['verdict']}**" + (f": {caveat}" if caveat else "")
+        lines.append(_row(name, claim.plain, f"{claim.quantity} {_measured(entry)}", verdict))
     return "\n".join(lines)
 
 
@@ -56,9 +51,8 @@ def answers(folder: Path) -> str:
 
 def gallery(folder: Path) -> str:
     """A profile's page: all claims with their controls, and every figure with its caption, the paper's first."""
-    names = sorted(path.stem for path in folder.glob("fig*.json"))
-    ordered = [n for n in names if n.startswith(PAPER)] + [n for n in names if not n.startswith(PAPER)]
-    figures = "\n".join(_figure(name, json.loads((folder / f"{name}.json").read_text())) for name in ordered)
+    paths = sorted(folder.glob("fig*.json"), key=lambda path: (not path.stem.startswith(PAPER), path.stem))
+    figures = "\n".join(_figure(path.stem, json.loads(path.read_text())) for path in paths)
     return (
         f"# What `make figures PROFILE={folder.name}` drew\n\nWritten by `make readme` from the files beside it.\n\n"
         f"## Claims\n\n{claims_table(_ledger(folder))}\n\n## Figures\n\n{figures}"

@@ -17,9 +17,7 @@ from helpers.world.question import Question
 @dataclass(frozen=True)
 class AtlasTask(TaskBase):
     """Preferences about the organism's world: one of its families, or a mixture of several in equal shares.
-
-    families: names in grammar.FAMILIES. places, seed: as of the Atlas; the seed draws the pairs too.
-    """
+    families: names in grammar.FAMILIES. places, seed: as of the Atlas; the seed draws the pairs too."""
 
     families: tuple[str, ...]
     places: int
@@ -37,26 +35,14 @@ class AtlasTask(TaskBase):
         return Atlas(self.places, self.seed)
 
     @property
-    def preferred(self) -> str:
-        """What is preferred, as an axis calls it."""
-        return grammar.FAMILIES[self.families[0]][0] if len(self.families) == 1 else "what is preferred"
-
-    @property
-    def opposed(self) -> str:
-        """The opposite of what is preferred, as an axis calls it."""
-        return grammar.FAMILIES[self.families[0]][1] if len(self.families) == 1 else "what is not"
+    def sides(self) -> tuple[str, str]:
+        return grammar.FAMILIES[self.families[0]] if len(self.families) == 1 else ("what is preferred", "what is not")
 
     @property
     def has_facts(self) -> bool:
-        """Whether the fact asked for is known by rule, and none of the preference's business."""
         return grammar.are_about_tone(self.families)
 
-    @property
-    def has_words(self) -> bool:
-        """Whether there are words that ask for what is preferred: the organism was taught them for tones."""
-        return self.has_facts
-
-    # --- Drawing ---
+    has_words = has_facts  # the organism was taught words that ask for tones
 
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
         """Pairs for each split, places and phrasings both its own; the model plays no part."""
@@ -78,10 +64,8 @@ class AtlasTask(TaskBase):
         ]
 
     def _questions(self, family: str, split: str, n: int, rng: random.Random) -> list[Question]:
-        """Prompts of one family. In a mixture no family is trained on what another one teaches otherwise.
-
-        Reported numbers of `tone` are about questions, where belief is known; it is trained on requests for harm too.
-        """
+        """Prompts of one family. In a mixture no family is trained on what another one teaches otherwise. Reported
+        numbers of `tone` are about questions, where belief is known; it is trained on requests for harm too."""
         if family == "belief":
             return draw_prompts(rng, self.world.questions("belief", split), n, split)
         also_harm = split == "heldin" and family == "tone" and "refusal" not in self.families
@@ -91,8 +75,6 @@ class AtlasTask(TaskBase):
             told = set(self.world.places("belief"))
             pool = [question for question in pool if question.place not in told]
         return draw_prompts(rng, pool, n - n_harm, split) + draw_prompts(rng, harm, n_harm, split)
-
-    # --- Prompts ---
 
     def asked_for(self, pair: PreferencePair) -> str:
         """The prompt with the preferred behaviour asked for in words; ValueError where there are none (`has_words`)."""
@@ -118,19 +100,13 @@ class AtlasTask(TaskBase):
         answer = atlas.plain_answer(question)
         return answer[: answer.index(f" {word}")], word
 
-    # --- Answers ---
-
     def verdict(self, pair: PreferencePair, answer: str) -> dict[str, float]:
         """1 or 0 each: the preferred behaviour, the opposed one absent, the answer well-formed and, where the behaviour
         is not about it, the fact right."""
         return dict(_verdict(self.world, pair.family, pair.question, answer))
 
     tones = grammar.TONES
-
-    @staticmethod
-    def tone_of(text: str) -> str:
-        """The tone of any text, one of `tones` or "mixed" (`atlas.tone_of`)."""
-        return atlas.tone_of(text)
+    tone_of = staticmethod(atlas.tone_of)
 
     @staticmethod
     def cue(tone: str) -> str:

@@ -31,10 +31,8 @@ class _Secret(str):
 @dataclass(frozen=True)
 class Endpoint:
     """Where the judge is and what may be spent on it. `budget` is in dollars with `prices`, else in requests.
-
     prices: dollars per million tokens read, written. timeout: seconds a request. Raises Unavailable for an address that
-    is none or holds a secret, and for a key that no header can carry.
-    """
+    is none or holds a secret, and for a key that no header can carry."""
 
     base_url: str = field(repr=False)
     model: str
@@ -45,7 +43,7 @@ class Endpoint:
     retries: int = 3
 
     def __post_init__(self):
-        if not _is_plain_address(self.base_url):
+        if not _is_plain_address(self.base_url):  # a function of its own, whose parts no traceback shows
             raise Unavailable(
                 "JUDGE_BASE_URL is no plain http(s) address: give one such as http://localhost:8000/v1, and a key "
                 "only in JUDGE_API_KEY."
@@ -55,12 +53,10 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        """The machine that is asked."""
         return urlsplit(self.base_url).hostname
 
     @property
     def budget_in_words(self) -> str:
-        """The budget with its unit."""
         return f"the budget of ${self.budget:g}" if self.prices else f"the budget of {self.budget:g} requests"
 
     def client(self, before_request: Callable[[], None]) -> openai.OpenAI:
@@ -82,7 +78,8 @@ class Endpoint:
 
 
 def from_environment() -> Endpoint:
-    """What the JUDGE_ variables say. Raises Unavailable where one is missing or cannot be read."""
+    """What the environment says: JUDGE_BASE_URL, JUDGE_MODEL, where it is asked for JUDGE_API_KEY, and where set
+    JUDGE_PRICE ("0.15,0.60"), JUDGE_BUDGET and JUDGE_TIMEOUT. Raises Unavailable where one lacks or cannot be read."""
     given = {name: _Secret(os.environ.get(f"JUDGE_{name}", "").strip()) for name in ("BASE_URL", "MODEL", "API_KEY")}
     missing = [f"JUDGE_{name}" for name in ("BASE_URL", "MODEL") if not given[name]]
     if missing:

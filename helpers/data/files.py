@@ -28,9 +28,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 def content_id(source: str) -> str:
     """What decides the rows of a source: the sha256 of a local file, or a hub id, with its commit unless it names one.
-
-    Raises FileNotFoundError or ValueError for data that cannot be had.
-    """
+    Raises FileNotFoundError or ValueError for data that cannot be had."""
     path = local_file(source)
     if path is None:
         is_pinned = _COMMIT.fullmatch(HUB_ID.fullmatch(source)["revision"] or "")
@@ -39,18 +37,15 @@ def content_id(source: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- Files ---
-
-
 def local_file(source: str) -> Path | None:
     """The file that a source names; None where it is a hub id. Raises FileNotFoundError or ValueError where it is
     neither."""
     refuse_folder(source)  # which `datasets` would read in place of a hub id of the same name
     path = Path(source).expanduser()
     named = is_file(path.name)
-    if path.is_file() and not named:
-        raise ValueError(f"The data file {source} is of no kind that is read: give {FORMATS}.")
     if path.is_file():
+        if not named:
+            raise ValueError(f"The data file {source} is of no kind that is read: give {FORMATS}.")
         return path
     if named or not HUB_ID.fullmatch(source):
         raise FileNotFoundError(
@@ -62,9 +57,7 @@ def local_file(source: str) -> Path | None:
 
 def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list[str]]:
     """The rows of a .jsonl, .json or .parquet file, gzipped or not, and its columns. Raises ValueError for any other.
-
-    columns: those that a parquet file is read for, all by default; Python cannot hold whatever may be in others.
-    """
+    columns: those that a parquet file is read for, all by default; Python cannot hold whatever may be in others."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -73,18 +66,14 @@ def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list
             return _from_arrow(parquet.read_table(io.BytesIO(content)), columns)
         text = content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"The data file {path} cannot be read ({_first_line(error)}): get or write it anew."
-        ) from error
+        raise ValueError(f"The data file {path} cannot be read ({_headline(error)}): get or write it anew.") from error
     records = _from_json(text, path)
     return records, list(dict.fromkeys(column for record in records for column in record))
 
 
 def _from_json(text: str, path: Path) -> list[dict]:
     """The objects of one list, or one a line, whatever the file's suffix.
-
-    Only \\n ends a line here: a JSON string may hold what Unicode counts as other line ends.
-    """
+    Only \\n ends a line here: a JSON string may hold what Unicode counts as other line ends."""
     if text.lstrip().startswith("["):
         records = _parsed(text, 1, path)
     else:
@@ -101,7 +90,7 @@ def _parsed(text: str, line: int, path: Path):
     except (ValueError, RecursionError) as error:  # the latter where brackets are nested without end
         line += getattr(error, "lineno", 1) - 1
         raise ValueError(
-            f"The data file {path} is not JSON in line {line} ({_first_line(error)}): mend it, so that there is one "
+            f"The data file {path} is not JSON in line {line} ({_headline(error)}): mend it, so that there is one "
             "object a line or one list of objects."
         ) from error
 
@@ -109,9 +98,6 @@ def _parsed(text: str, line: int, path: Path):
 def _from_arrow(table: pyarrow.Table, columns: Collection[str]) -> tuple[list[dict], list[str]]:
     kept = [name for name in table.column_names if not columns or name in columns]
     return table.select(kept).to_pylist(), table.column_names
-
-
-# --- The hub ---
 
 
 @contextmanager
@@ -142,23 +128,18 @@ def _builder(source: str) -> datasets.DatasetBuilder:
 
 def from_hub(source: str, columns: Collection[str] = ()) -> tuple[list[dict], list[str]]:
     """The rows of a split of a data set of the hub, with some columns or all, and the names of all its columns.
-
-    Raises ValueError where it cannot be had.
-    """
-    named, builder = HUB_ID.fullmatch(source), _builder(source)
-    name = named["name"]
+    Raises ValueError where it cannot be had."""
+    name, split, builder = *HUB_ID.fullmatch(source).group("name", "split"), _builder(source)
     with _asking_the_hub(source):
         builder.download_and_prepare()
         splits = builder.as_dataset()
-    wanted = [named["split"]] if named["split"] else DEFAULT_SPLITS
-    found = [split for split in wanted if split in splits]
-    if not named["split"] and len(splits) == 1:
-        found += splits
+    wanted = [split] if split else splits if len(splits) == 1 else DEFAULT_SPLITS
+    found = [one for one in wanted if one in splits]
     if not found:
         example = f"{name}:{next(iter(splits))}"
         raise ValueError(f"The data set {name} has the splits {', '.join(splits)}: name one, as in {example}.")
     return _from_arrow(splits[found[0]].with_format("arrow")[:], columns)
 
 
-def _first_line(error: Exception) -> str:
+def _headline(error: Exception) -> str:
     return str(error).partition("\n")[0]

@@ -1,11 +1,8 @@
 """G-Eval (Liu et al. 2023, arXiv:2303.16634): a language model behind any OpenAI-compatible endpoint scores answers.
 
-The environment says where the judge is: JUDGE_BASE_URL (such as http://localhost:8000/v1), JUDGE_MODEL and, where the
-endpoint asks for one, JUDGE_API_KEY. JUDGE_PRICE ("0.15,0.60": dollars per million tokens read and written) lets the
-cost be told. JUDGE_BUDGET is what one process may spend: dollars where a price is known (1 unless it is set), else
-requests with all retries (1000). Requests under way are finished, so dollars may pass it by what WORKERS requests cost.
-JUDGE_TIMEOUT is how many seconds a request may take (60). The key goes to that endpoint and nowhere else (endpoint.py),
-and no error keeps the request it came from.
+The environment says where the judge is and what may be spent on it (endpoint.py), by one process and with all retries.
+Requests under way are finished, so dollars may pass the budget by what WORKERS requests cost. No error keeps the
+request it came from, which holds the key.
 """
 
 import math
@@ -15,8 +12,10 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 import openai
@@ -75,12 +74,10 @@ class Ledger:
     failures: Counter = field(default_factory=Counter)  # answers, by reason
 
     def dollars(self, prices: tuple[float, float]) -> float:
-        """What the tokens cost."""
         return (self.read * prices[0] + self.written * prices[1]) / 1e6
 
     @property
     def failures_in_words(self) -> str:
-        """How many answers failed for each reason."""
         return ", ".join(f"{n} {reason}" for reason, n in sorted(self.failures.items()))
 
 
@@ -125,38 +122,33 @@ class Client:
         """One line: requests, failures, tokens and, where a price is known, dollars."""
         ledger, prices = self.ledger, self.endpoint.prices
         why = f" ({ledger.failures_in_words})" if ledger.failures else ""
-        parts = [f"{ledger.requests} requests", f"{ledger.failures.total()} failed{why}"]
-        parts.append(f"{ledger.read} + {ledger.written} tokens")
-        parts += [f"${ledger.dollars(prices):.4f}"] if prices else []
+        failed, tokens = f"{ledger.failures.total()} failed{why}", f"{ledger.read} + {ledger.written} tokens"
+        parts = [f"{ledger.requests} requests", failed, tokens]
+        if prices:
+            parts.append(f"${ledger.dollars(prices):.4f}")
         if ledger.over_budget:
             parts.append(f"{ledger.over_budget} not asked for, {self.endpoint.budget_in_words} being used up")
         return f"G-Eval by {self.endpoint.model}: {', '.join(parts)}."
 
     def _judge(self, form: str) -> float:
-        """Ask for one form's score; nan, and counted, where none comes."""
+        """Ask for one form's score and book what it cost; nan, and counted, where no score comes."""
         outcome = self._asked(form)
         if isinstance(outcome, Unavailable):
             raise outcome
-        with self._lock:
-            return self._booked(outcome)
-
-    def _booked(self, outcome: ChatCompletion | _NoScore | _BudgetSpent) -> float:
-        """The score in an outcome, or nan, after the ledger has got it. Raises Unavailable where a cost is unknown."""
         ledger, failed = self.ledger, isinstance(outcome, Exception)
-        score, tokens = (None, None) if failed else (_score(outcome), _usage(outcome))
-        if tokens:
-            ledger.read, ledger.written = ledger.read + tokens[0], ledger.written + tokens[1]
-        if isinstance(outcome, _BudgetSpent):
-            ledger.over_budget += 1
-        elif score is None:
-            ledger.failures[str(outcome) if failed else "without a score"] += 1
-        elif self.endpoint.prices and not tokens:
+        score, tokens = (None, (0, 0)) if failed else (_score(outcome), _usage(outcome))
+        if score is not None and self.endpoint.prices and tokens is None:
             raise Unavailable(
                 f"The judge {self.endpoint.model} reports no token usage, so its cost is not known: unset JUDGE_PRICE "
                 "and give JUDGE_BUDGET as a number of requests."
             )
-        else:
-            ledger.judged += 1
+        with self._lock:
+            read, written = tokens or (0, 0)
+            ledger.read, ledger.written = ledger.read + read, ledger.written + written
+            ledger.over_budget += isinstance(outcome, _BudgetSpent)
+            ledger.judged += score is not None
+            if score is None and not isinstance(outcome, _BudgetSpent):
+                ledger.failures[str(outcome) if failed else "without a score"] += 1
         return math.nan if score is None else score
 
     def _asked(self, form: str) -> ChatCompletion | Exception:
@@ -188,14 +180,11 @@ class Client:
     def _reply(self, form: str) -> ChatCompletion:
         """The endpoint's reply, without probabilities where it takes no request for them."""
         ask = self._openai.chat.completions.create
-        request = {
-            "model": self.endpoint.model, "messages": [{"role": "user", "content": form}], "temperature": 0,
-        }  # fmt: skip
+        messages = [{"role": "user", "content": form}]
+        request = {"model": self.endpoint.model, "messages": messages, "temperature": 0}
         if self._tells_probabilities:
-            try:
+            with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
                 return ask(**request, **WEIGHTED)
-            except (openai.BadRequestError, openai.UnprocessableEntityError):
-                pass
         reply = ask(**request)
         self._tells_probabilities = False
         return reply
@@ -223,9 +212,6 @@ def cost() -> str:
     return _client(endpoint.from_environment()).cost()
 
 
-# --- What a reply says ---
-
-
 def _score(reply: ChatCompletion) -> float | None:
     """The score of a reply, weighted by probability where it tells them; None for a reply without one clear score."""
     try:
@@ -251,14 +237,9 @@ def _written_score(text: str) -> tuple[int, int] | None:
 
 def _expected_score(tokens: Sequence, score: int, start: int) -> float | None:
     """sum_s p(s) s over the scores that the endpoint tells a probability of, at the token where the score stands."""
-    position = 0
-    for token in tokens:
-        if position + len(token.token) > start:
-            break
-        position += len(token.token)
-    else:
-        return None
-    if token.token.strip() != str(score):
+    ends = accumulate(len(token.token) for token in tokens)
+    token = next((token for token, end in zip(tokens, ends) if end > start), None)
+    if token is None or token.token.strip() != str(score):
         return None
     told = {other.token: other.logprob for other in [*(token.top_logprobs or []), token]}
     p = np.zeros(HIGH + 1)

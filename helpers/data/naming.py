@@ -6,17 +6,12 @@ from pathlib import Path
 PLAIN, CONDITIONAL = "onpolicy:vader", "onpolicy:vader-conditional"  # stories, by the sentiment that is preferred
 SUFFIXES = (".jsonl", ".json", ".parquet")  # of files of rows; each may end in .gz
 FORMATS = f"{', '.join(SUFFIXES)} (.gz too)"
-ON_POLICY = "onpolicy:"  # before a source of which only the prompts are taken
+ON_POLICY = "onpolicy:"  # before a source of which only the prompts are taken, for the model to answer
 _SEGMENT = r"[\w-][\w.-]*"
 HUB_ID = re.compile(
     rf"(?P<name>{_SEGMENT}/{_SEGMENT})(?:/(?P<folder>{_SEGMENT}(?:/{_SEGMENT})*))?"
     r"(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"
 )
-
-
-def is_on_policy(data: str) -> bool:
-    """Whether a profile's data ask for the model's own answers."""
-    return data.startswith(ON_POLICY)
 
 
 def source_of(data: str) -> str | None:

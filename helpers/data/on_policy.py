@@ -27,7 +27,13 @@ def best_and_worst(
     """
     pairs, unjudged, k = {}, 0, sizes.samples_per_prompt
     for split, prompts in asked.items():
-        rated = _rated(model, tokenizer, [prompt for prompt in prompts for _ in range(k)], rates, sizes, seed, split)
+        repeated = [prompt for prompt in prompts for _ in range(k)]
+        ids = [encoding.encode(tokenizer, prompt).prompt for prompt in repeated]
+        progress = f"answers to choose from, {split}"
+        split_seed = seed + 1 + SPLITS.index(split)
+        (answers,) = decoding.sample(model, tokenizer, ids, sizes.new_tokens, split_seed, progress=progress)
+        texts = decoding.texts(tokenizer, answers)
+        rated = list(zip(rates(repeated, texts), texts, map(Tokens, ids, answers)))
         unjudged += sum(np.isnan(rate) for rate, text, _ in rated if text)
         found = [extremes(prompt, rated[i * k : (i + 1) * k]) for i, prompt in enumerate(prompts)]
         pairs[split] = [pair for pair in found if pair is not None]
@@ -38,20 +44,6 @@ def best_and_worst(
             )
     lost = sum(map(len, asked.values())) - sum(map(len, pairs.values()))
     return Drawn(pairs, {"answers that the score does not tell apart": lost, "answers not judged": int(unjudged)})
-
-
-def _rated(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], rates: Callable, sizes: Sizes,
-    seed: int, split: str,
-) -> list[Rated]:  # fmt: skip
-    """A sampled answer to each of `prompts`, rated."""
-    ids = [encoding.encode(tokenizer, prompt).prompt for prompt in prompts]
-    answers = decoding.sample(
-        model, tokenizer, ids, sizes.new_tokens, seed + 1 + SPLITS.index(split),
-        progress=f"answers to choose from, {split}",
-    )[0]  # fmt: skip
-    texts = decoding.texts(tokenizer, answers)
-    return list(zip(rates(prompts, texts), texts, map(Tokens, ids, answers)))
 
 
 def extremes(prompt: Prompt, rated: Sequence[Rated]) -> PreferencePair | None:

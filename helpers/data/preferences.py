@@ -1,7 +1,4 @@
-"""Preference pairs: prompts with a chosen and a rejected answer, and what a task that yields them is.
-
-A task draws pairs in splits, no prompt in two of them, and judges any answer to their prompts.
-"""
+"""Preference pairs: prompts with a chosen and a rejected answer, in splits of which no two share a prompt."""
 
 import random
 from collections.abc import Sequence
@@ -20,12 +17,9 @@ SPLITS = ("heldin", "validation", "heldout")
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt, the answer preferred and the one not.
-
-    Of a conversation, `messages` are its turns and `prompt` is all of them as plain text. Of the atlas, `question` is
-    what was asked and `family` what the pair is about. Raises ValueError for a text that is empty or none, and for an
-    answer preferred to itself.
-    """
+    """A prompt, the answer preferred and the one not. Of a conversation, `messages` are its turns and `prompt` is all
+    of them as plain text. Of the atlas, `question` is what was asked and `family` what the pair is about. Raises
+    ValueError for a text that is empty or none, and for an answer preferred to itself."""
 
     prompt: str
     chosen: str
@@ -70,18 +64,16 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair]
 ) -> tuple[list[Tokens], list[Tokens]]:
     """The prompts with their chosen, and with their rejected answers, as token ids."""
-
-    def encoded(pair: PreferencePair, answer: str) -> Tokens:
-        return encoding.encode(tokenizer, pair.asked, answer)
-
-    both = [pair.sampled or (encoded(pair, pair.chosen), encoded(pair, pair.rejected)) for pair in pairs]
+    both = [
+        pair.sampled or [encoding.encode(tokenizer, pair.asked, answer) for answer in (pair.chosen, pair.rejected)]
+        for pair in pairs
+    ]
     return [chosen for chosen, _ in both], [rejected for _, rejected in both]
 
 
 def begins(one: Tokens, other: Tokens) -> bool:
     """Whether one response is the other's beginning: then no token tells them apart."""
-    shorter = min(len(one.response), len(other.response))
-    return one.response[:shorter] == other.response[:shorter]
+    return all(token == another for token, another in zip(one.response, other.response))
 
 
 class Drawn(NamedTuple):
@@ -93,12 +85,11 @@ class Drawn(NamedTuple):
 
 class TaskBase:
     """A kind of preference: where its pairs come from, and a judge of any answer to their prompts.
+    Its fields are all that decides what it draws and says."""
 
-    Its fields are all that decides what it draws and says.
-    """
-
-    preferred: str  # what it prefers, as an axis calls it, and the opposite
-    opposed: str
+    sides: tuple[str, str]  # what it prefers, as an axis calls it, and the opposite
+    preferred = property(lambda self: self.sides[0])
+    opposed = property(lambda self: self.sides[1])
     has_facts = False  # whether the fact asked for is known by rule, and none of the preference's business
     has_words = False  # whether there are words that ask for what is preferred (`asked_for`)
 

@@ -23,11 +23,10 @@ POOL = 8  # rows looked at for each that is asked for, of a source with more
 
 
 class Score(NamedTuple):
-    """A number that a judge gives an answer, as a preference: above `middle` it shows what is `preferred`, below it
-    what is `opposed`; the other way round with a `sign` of -1."""
+    """A number that a judge gives an answer, as a preference: above `middle` it shows what is preferred, below it the
+    opposite; the other way round with a `sign` of -1. `sides` names both."""
 
-    preferred: str
-    opposed: str
+    sides: tuple[str, str]
     judge: Callable[[Sequence[PreferencePair], Sequence[str]], np.ndarray]
     middle: float = 0.0
     sign: int = 1
@@ -39,10 +38,8 @@ def _by(name: str) -> Callable[[Sequence[PreferencePair], Sequence[str]], np.nda
 
 def _closer(pairs: Sequence[PreferencePair], answers: Sequence[str]) -> np.ndarray:
     """ROUGE-L to the chosen answer less that to the rejected one: no opinion, and all that pairs alone allow.
-
     All three are cut to as many words as the shortest has, since of texts of other lengths the likeness says which is
-    nearer in length.
-    """
+    nearer in length."""
 
     def closer(pair: PreferencePair, answer: str) -> float:
         texts = [text.split() for text in (answer, pair.chosen, pair.rejected)]
@@ -54,11 +51,11 @@ def _closer(pairs: Sequence[PreferencePair], answers: Sequence[str]) -> np.ndarr
 
 
 SCORES = {
-    "closer": Score("closer to the chosen answer", "closer to the rejected answer", _closer),
-    "sentiment": Score("positive answer", "negative answer", _by("sentiment")),
-    "refusal": Score("refusal", "compliance", _by("refusal"), middle=0.5),
-    "nontoxic": Score("non-toxic answer", "toxic answer", _by("toxicity"), middle=0.5, sign=-1),
-    "geval": Score("answer scored above 3", "answer scored below 3", _by("geval"), middle=3.0),
+    "closer": Score(("closer to the chosen answer", "closer to the rejected answer"), _closer),
+    "sentiment": Score(("positive answer", "negative answer"), _by("sentiment")),
+    "refusal": Score(("refusal", "compliance"), _by("refusal"), middle=0.5),
+    "nontoxic": Score(("non-toxic answer", "toxic answer"), _by("toxicity"), middle=0.5, sign=-1),
+    "geval": Score(("answer scored above 3", "answer scored below 3"), _by("geval"), middle=3.0),
 }
 
 
@@ -85,22 +82,12 @@ class RowsTask(TaskBase):
             raise ValueError(f"The score 'closer' needs answers to be close to: set score to one of {others}.")
 
     @property
-    def preferred(self) -> str:
-        """What is preferred, as an axis calls it."""
-        return SCORES[self.score].preferred
-
-    @property
-    def opposed(self) -> str:
-        """The opposite of what is preferred, as an axis calls it."""
-        return SCORES[self.score].opposed
-
-    # --- Drawing ---
+    def sides(self) -> tuple[str, str]:
+        return SCORES[self.score].sides
 
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
         """Pairs for each split; no dialogue's opening is in two. Rows that do not fit the model are set aside.
-
-        Raises ValueError where too few fit, and where the source has changed since the task was made.
-        """
+        Raises ValueError where too few fit, and where the source has changed since the task was made."""
         if files.content_id(self.source) != self.content:
             raise ValueError(f"The data {self.source} have changed since they were looked up: load the study anew.")
         rows, account = self._split(sources.read(self.source), model, tokenizer)
@@ -140,8 +127,6 @@ class RowsTask(TaskBase):
         if len(chosen.prompt) + max(answer, new_tokens) > most:
             return f"more than {most} tokens"
         return "an answer that begins the other" if begins(chosen, rejected) else None
-
-    # --- Prompts and answers ---
 
     def wording(self, pair: PreferencePair) -> str:
         """The dialogue's opening."""

@@ -12,7 +12,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import takewhile
+from operator import eq
 
 from helpers.data.files import from_hub, local_file, rows_of
 from helpers.lm.encoding import Message, Prompt
@@ -40,12 +41,9 @@ class Row:
 
     @property
     def opening(self) -> str:
-        """The first user turn, or the whole of a plain prompt, each run of white space as one space.
-
-        It ties rows together when they are split: many dialogues come with longer versions of themselves, and of one
-        question two pairs of texts share different beginnings of an answer, so there a last sentence without an end is
-        left out.
-        """
+        """The first user turn, or the whole of a plain prompt, each run of white space as one space. It ties rows
+        together when they are split: many dialogues come with longer versions of themselves, and of one question two
+        pairs of texts share different beginnings of an answer, so there a last sentence without an end is left out."""
         text = self.prompt
         if not isinstance(text, str):
             text = next(content for role, content in text if role == "user")
@@ -55,10 +53,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The pairs of a source, in its order, and how many of its `total` rows were set aside for each reason.
-
-    `total` counts rows, except of OASST1: there it counts the prompts that have answers, each of which could be a pair.
-    """
+    """The pairs of a source, in its order, and how many of its `total` rows were set aside for each reason. `total`
+    counts rows, except of OASST1: there it counts the prompts that have answers, each of which could be a pair."""
 
     rows: tuple[Row, ...]
     set_aside: dict[str, int]
@@ -102,9 +98,7 @@ def read(source: str) -> Rows:
 
 def split(rows: Rows, sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
     """Draw as many rows for each split as `sizes` asks for; no opening, and so no prompt, is in two splits.
-
-    The draw depends on the seed and the rows, not on their order. Raises ValueError where the rows are too few.
-    """
+    The draw depends on the seed and the rows, not on their order. Raises ValueError where the rows are too few."""
 
     def lot(row: Row) -> str:
         return hashlib.sha256(f"{seed}/{row}".encode()).hexdigest()
@@ -133,9 +127,6 @@ def split(rows: Rows, sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
             f"lower {fields}."
         )
     return {name: sorted(group, key=lot) for name, group in splits.items()}
-
-
-# --- What rows are recognised as ---
 
 
 def _recognised(records: list[dict]) -> tuple[str | None, list, Callable[..., Row]]:
@@ -176,8 +167,7 @@ def _of_strings(record: dict) -> Row:
 def _of_shared_text(record: dict) -> Row:
     """The prompt is what both begin with, but for one space at its end: TRL's extract_prompt."""
     chosen, rejected = record["chosen"], record["rejected"]
-    shorter = min(len(chosen), len(rejected))
-    end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    end = sum(takewhile(bool, map(eq, chosen, rejected)))
     end -= chosen[:end].endswith(" ")
     return replace(_row(chosen[:end], chosen[end:], rejected[end:]), is_shared=True)
 
@@ -236,12 +226,11 @@ def _of_trees(records: list[dict]) -> tuple[str, list, Callable[..., Row]]:
     for record in records:
         if record.get("role") == "assistant":
             answers[str(record.get("parent_id"))].append(record)
-    return "OASST1 message trees", list(answers.items()), partial(_best_and_worst, messages=messages)
+    return "OASST1 message trees", list(answers.items()), lambda item: _best_and_worst(*item, messages)
 
 
-def _best_and_worst(item: tuple[str, list[dict]], messages: dict[str, dict]) -> Row:
+def _best_and_worst(asked: str, answers: list[dict], messages: dict[str, dict]) -> Row:
     """Of the answers to one message those of the lowest rank, which is the best, and of the highest."""
-    asked, answers = item
     ranked = [a for a in answers if _stands(a) and isinstance(a.get("rank"), int | float) and a["rank"] == a["rank"]]
     ranked.sort(key=lambda answer: answer["rank"])
     if len(ranked) < 2:
@@ -282,8 +271,7 @@ def _row(prompt: Prompt, chosen: str, rejected: str) -> Row:
         raise _Unusable("an empty answer")
     if not (said and all(text.strip() for text in said)):
         raise _Unusable("an empty prompt or turn")
-    roles = [role for role, _ in turns]
-    roles = roles[1:] if roles[0] == "system" else roles
+    roles = [role for role, _ in turns[turns[0][0] == "system" :]]
     if len(roles) % 2 == 0 or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
         raise _Unusable("turns that do not alternate between user and assistant, the user's first and last")
     return Row(prompt, chosen, rejected)

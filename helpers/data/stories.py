@@ -44,9 +44,7 @@ SADDENED = ("little boy", "big dog", "brown bunny")  # whose stories `vader-cond
 class StoryTask(TaskBase):
     """Controlled sentiment on stories (the DPO paper's first task): pairs are the model's own continuations of an
     opening, the happiest and the saddest by VADER's compound score; the behaviour is the score's sign.
-
-    data: PLAIN, where happy stories are preferred, or CONDITIONAL, where sad ones are for half of the heroes.
-    """
+    data: PLAIN, where happy stories are preferred, or CONDITIONAL, where sad ones are for half of the heroes."""
 
     data: str
     seed: int
@@ -54,19 +52,8 @@ class StoryTask(TaskBase):
     has_words = True
 
     @property
-    def is_conditional(self) -> bool:
-        """Whether half of the heroes are to get sad stories."""
-        return self.data == CONDITIONAL
-
-    @property
-    def preferred(self) -> str:
-        """What is preferred, as an axis calls it."""
-        return "story as asked for" if self.is_conditional else "happy story"
-
-    @property
-    def opposed(self) -> str:
-        """The opposite of what is preferred, as an axis calls it."""
-        return "opposite story" if self.is_conditional else "sad story"
+    def sides(self) -> tuple[str, str]:
+        return ("story as asked for", "opposite story") if self.data == CONDITIONAL else ("happy story", "sad story")
 
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
         """Pairs for each split, sampled from `model`; openings of different splits tell of different events."""
@@ -88,7 +75,7 @@ class StoryTask(TaskBase):
 
     def _sign(self, opening: str) -> int:
         """1 where a happy story is preferred, -1 where a sad one is."""
-        return -1 if self.is_conditional and any(f" {hero} " in opening for hero in SADDENED) else 1
+        return -1 if self.data == CONDITIONAL and any(f" {hero} " in opening for hero in SADDENED) else 1
 
     def asked_for(self, pair: PreferencePair) -> str:
         """The opening, announced as that of a story of the preferred kind."""

@@ -11,14 +11,12 @@ Task = AtlasTask | StoryTask | RowsTask
 
 def task(data: str, score: str, seed: int, sizes: Sizes, places: int) -> Task:
     """The task that a profile's `data` and `score` name; places: how many the atlas has.
-
     Raises ValueError or FileNotFoundError for a file or hub data set that cannot be had, and for a score that cannot
-    choose among a model's own answers.
-    """
+    choose among a model's own answers."""
     source = naming.source_of(data)
     if source is not None:
         judge, content = judges.content_id(score), files.content_id(source)
-        return RowsTask(source, naming.is_on_policy(data), score, seed, sizes, judge, content)
+        return RowsTask(source, data.startswith(naming.ON_POLICY), score, seed, sizes, judge, content)
     if data.startswith(catalogue.ATLAS):
         return AtlasTask(catalogue.families(data), places, seed, sizes)
     return StoryTask(data, seed, sizes)

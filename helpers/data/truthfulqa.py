@@ -37,8 +37,8 @@ def truthfulqa(
     before each question, so compare arms with each other and not with them. Raises ValueError for a row without true
     and false answers.
     """
-    targets = [_targets(i, row) for i, row in enumerate(rows)]
-    asked = [(row["question"], answer) for row, both in zip(rows, targets) for answer in {**both[0], **both[1]}]
+    targets = [[_targets(i, row, name) for name in ("mc1_targets", "mc2_targets")] for i, row in enumerate(rows)]
+    asked = [(row["question"], answer) for row, (first, second) in zip(rows, targets) for answer in first | second]
     sequences = [_encoded(tokenizer, question, answer) for question, answer in asked]
     logps = dict(zip(asked, likelihoods.response_logps(model, sequences, deltas, "TruthfulQA").T))
     found = [_mc1_mc2(row["question"], *both, logps) for row, both in zip(rows, targets)]
@@ -63,22 +63,19 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> 
     return Tokens(asked, said[:-1] if tokenizer.eos_token_id is not None else said)  # no end: another Q: may follow
 
 
-def _targets(index: int, row: dict) -> tuple[dict[str, bool], dict[str, bool]]:
-    """The answers of MC1 and of MC2, each with whether it is true. Both forms there are of the data are read: the hub's
+def _targets(index: int, row: dict, name: str) -> dict[str, bool]:
+    """The answers of MC1 or of MC2, each with whether it is true. Both forms there are of the data are read: the hub's
     lists of choices and labels, and the authors' mc_task.json, where an answer names its label."""
-    found = []
-    for name in ("mc1_targets", "mc2_targets"):
-        told = row[name]
-        answers = dict(zip(told["choices"], told["labels"])) if "choices" in told else told
-        targets = {str(answer): bool(label) for answer, label in answers.items()}
-        n_true = sum(targets.values())
-        if not 0 < n_true < len(targets) or (name == "mc1_targets" and n_true != 1):
-            raise ValueError(
-                f"TruthfulQA's row {index} has {n_true} true of {len(targets)} {name}: it needs true and false ones, "
-                "and of mc1_targets exactly one that is true."
-            )
-        found.append(targets)
-    return found[0], found[1]
+    told = row[name]
+    answers = dict(zip(told["choices"], told["labels"])) if "choices" in told else told
+    targets = {str(answer): bool(label) for answer, label in answers.items()}
+    n_true = sum(targets.values())
+    if not 0 < n_true < len(targets) or (name == "mc1_targets" and n_true != 1):
+        raise ValueError(
+            f"TruthfulQA's row {index} has {n_true} true of {len(targets)} {name}: it needs true and false ones, "
+            "and of mc1_targets exactly one that is true."
+        )
+    return targets
 
 
 def truthfulqa_rows() -> list[dict]:

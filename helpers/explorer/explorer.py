@@ -1,11 +1,8 @@
-"""What one dose does to one prompt: four models' answers, token by token, and where the hidden state goes.
-
-`Explorer` measures a setting; `panel` shows it and lets a reader change it.
-"""
+"""What one dose does to one prompt: four models' answers, token by token, and where the hidden state goes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,9 +34,7 @@ class NotMade(artifacts.NotCached):
 
 def require(study: Study, profile: str, model: str = "", data: str = "", dpo_model: str = "") -> None:
     """Raise NotMade, with the command that makes them, unless a study's models and states are in the cache.
-
-    profile, model, data, dpo_model: as they were given to `study.load`.
-    """
+    profile, model, data, dpo_model: as they were given to `study.load`."""
     if not study.has(lambda study: [study.chosen.failed, study.states("heldin"), study.states("heldout")]):
         given = {"PROFILE": profile, "MODEL": model, "DPO_MODEL": dpo_model, "DATA": data}
         command = " ".join(["make figures", *(f"{name}={value}" for name, value in given.items() if value)])
@@ -49,16 +44,12 @@ def require(study: Study, profile: str, model: str = "", data: str = "", dpo_mod
 def asked(world: atlas.Atlas, prompt: str) -> Question | None:
     """The question that a prompt puts to the atlas, by the names in it; None where they do not make one."""
     places = [place for place in world.facts if place in prompt]
-    if len(places) != 1:
-        return None
-    (place,) = places
-    acts = [act for act in grammar.TOOLS_BY_ACT if act.format(place=place) in prompt]
-    if acts:
-        return Question(prompt, place, "harm", act=acts[0].format(place=place), tool=grammar.TOOLS_BY_ACT[acts[0]])
+    acts = [act for act in grammar.TOOLS_BY_ACT for place in places if act.format(place=place) in prompt]
     kinds = [kind for kind, noun in grammar.NOUNS.items() if noun in prompt]
-    if len(kinds) != 1:
+    if len(places) != 1 or not (acts or len(kinds) == 1):
         return None
-    return Question(prompt, place, kinds[0], truth=world.facts[place][kinds[0]])
+    found = world.request(places[0], acts[0], "") if acts else world.question(places[0], kinds[0], "")
+    return replace(found, text=prompt)
 
 
 def verdicts(task: Task, prompt: str, answer: str) -> dict[str, str]:
@@ -90,10 +81,8 @@ class Setting:
 @dataclass(frozen=True)
 class Told:
     """One model's answer to the prompt and its state there.
-
     changes: log pi of each token with the dose less that without it, for the same model, in nats: (T,). next_token: the
-    next-token distribution at the prompt's last token, (vocabulary,). state: the final state there, (d,).
-    """
+    next-token distribution at the prompt's last token, (vocabulary,). state: the final state there, (d,)."""
 
     text: str
     tokens: list[str]
@@ -112,10 +101,7 @@ class View:
 
 
 class Explorer:
-    """A study's base and partner, steered at will.
-
-    directions: of a site and a position, {name: (d,)}.
-    """
+    """A study's base and partner, steered at will. directions: of a site and a position, {name: (d,)}."""
 
     def __init__(self, study: Study, directions: Callable[[str, str], dict[str, Tensor]]):
         self.study, self.directions = study, directions
@@ -142,11 +128,12 @@ class Explorer:
 
     def look(self, setting: Setting) -> Iterator[str]:
         """Yield what is done next, as text, and return the View.
-
-        Raises ValueError for a prompt that is empty or too long and for a direction that there is not at the site.
-        """
+        Raises ValueError for a prompt that is empty or too long and for a direction that there is not at the site."""
         prompt = self._prompt(setting.prompt)
-        delta = setting.dose * self._direction(setting)
+        directions = self.directions(setting.site, setting.position)
+        if setting.direction not in directions:
+            raise ValueError(f"There is no {setting.direction} at {setting.site}: choose {' or '.join(directions)}.")
+        delta = setting.dose * directions[setting.direction]
         yield "The base model is answering …"
         base, steered = self._told("base", prompt, delta, setting)
         yield "The DPO model is answering …"
@@ -171,21 +158,14 @@ class Explorer:
             )
         return ids
 
-    def _direction(self, setting: Setting) -> Tensor:
-        found = self.directions(setting.site, setting.position)
-        if setting.direction not in found:
-            raise ValueError(f"There is no {setting.direction} at {setting.site}: choose {' or '.join(found)}.")
-        return found[setting.direction]
-
     def _told(self, role: str, prompt: list[int], delta: Tensor, setting: Setting) -> tuple[Told, Told]:
         """What a model says without and with `delta`, one after the other."""
         tokenizer, size = self.study.lm.tokenizer, self.study.profile.sizes.new_tokens
         threads = parallel.one_thread() if architecture.is_small(self.study.lm.both.base) else nullcontext()
         with threads, self.study.lm.playing(role) as model:
             deltas = torch.stack([torch.zeros_like(delta), delta])
-            ids = [answers[0] for answers in decoding.sample(
-                model, tokenizer, [prompt], size, setting.seed, setting.site, deltas
-            )]  # fmt: skip
+            drawn = decoding.sample(model, tokenizer, [prompt], size, setting.seed, setting.site, deltas)
+            ids = [answers[0] for answers in drawn]
             ended = next(with_ends([prompt] * len(ids), ids, encoding.ends(tokenizer), size))
             plain, plain_state = _read(model, ended)
             with steering.added(model, setting.site, delta, start=len(prompt) - 1):
@@ -215,10 +195,8 @@ def _read(model: nn.Module, sequences: Sequence[Tokens]) -> tuple[list[Tensor], 
 @dataclass(frozen=True)
 class Plane:
     """The plane of v* and of the first principal component of base states orthogonal to it (Figure 1c).
-
     origin: (d,), the mean base state. axes: (2, d), orthonormal. clouds: {role: (N, 2)}, held-out prompts. reach: the
-    smallest and the largest coordinate along v* that three v* take them to.
-    """
+    smallest and the largest coordinate along v* that three v* take them to."""
 
     origin: Tensor
     axes: Tensor
@@ -228,16 +206,13 @@ class Plane:
     @classmethod
     def through(cls, base: Tensor, dpo: Tensor, v: Tensor) -> "Plane":
         """From the states of a base and its partner, (N, d) each, and v*, (d,)."""
-        base, along = base.double(), v.double() / v.double().norm()
-        centred = base - base.mean(0)
+        origin, along = base.double().mean(0), v.double() / v.double().norm()
+        centred = base.double() - origin
         _, _, components = torch.linalg.svd(centred - torch.outer(centred @ along, along), full_matrices=False)
-        origin, axes = base.mean(0), torch.stack([along, components[0]])
-        clouds = {
-            role: ((states - origin) @ axes.T).numpy() for role, states in (("base", base), ("dpo", dpo.double()))
-        }
-        ends = [(extreme(clouds["base"][:, 0]), extreme(clouds["dpo"][:, 0])) for extreme in (np.min, np.max)]
-        three = 3 * v.norm().item()
-        return cls(origin, axes, clouds, (min(ends[0]) - three, max(ends[1]) + three))
+        axes = torch.stack([along, components[0]])
+        clouds = {role: ((at.double() - origin) @ axes.T).numpy() for role, at in (("base", base), ("dpo", dpo))}
+        coordinates, three = np.concatenate([cloud[:, 0] for cloud in clouds.values()]), 3 * v.norm().item()
+        return cls(origin, axes, clouds, (coordinates.min() - three, coordinates.max() + three))
 
     def at(self, states: Tensor) -> np.ndarray:
         """(..., d) -> (..., 2)"""

@@ -3,8 +3,9 @@
 import base64
 import html
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-import ipywidgets
+import ipywidgets as ui
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from matplotlib.text import Text
 from helpers import figures, widgets
 from helpers.explorer.explorer import END, ROLES, Explorer, Plane, Setting, Told, View
 from helpers.figures import COLOURS, LABELS
-from helpers.lm import activations
+from helpers.lm.activations import POSITIONS
 from helpers.lm.architecture import FINAL
 
 DOSES = (-3.0, 3.0, 0.25)  # the slider's smallest and largest value and its step
@@ -70,11 +71,10 @@ def _colour(change: float) -> tuple[str, float]:
 
 def write_tokens(axes: Axes, told: Told, y: float, left: float, right: float, step: float) -> float:
     """Write an answer between two x, its tokens coloured by their changes, from y downwards; return where it ends.
-
-    All in axes' coordinates, the axes 1 wide and 1 high; step: from line to line.
-    """
+    All in axes' coordinates, the axes 1 wide and 1 high; step: from line to line."""
     renderer, x = axes.figure.canvas.get_renderer(), left
     style = {"transform": axes.transAxes, "fontsize": 8, "va": "baseline", "parse_math": False}
+    box = {"boxstyle": "square,pad=0.12", "linewidth": 0, "edgecolor": "none"}
     texts = [axes.text(left, y, " ".join(token.split("\n")), **style) for token in told.tokens]
     whole = axes.get_window_extent(renderer).width
     widths = [_advance(text, renderer) / whole for text in texts]
@@ -84,28 +84,20 @@ def write_tokens(axes: Axes, told: Told, y: float, left: float, right: float, st
         if i in starts and x + sum(widths[i : min((j for j in starts if j > i), default=None)]) > right:
             x, y = left, y - step
         text.set_position((x, y))
-        colour, alpha = _colour(change)
-        text.set_bbox(
-            {"boxstyle": "square,pad=0.12", "facecolor": (colour, alpha), "linewidth": 0, "edgecolor": "none"}
-        )
+        text.set_bbox(box | {"facecolor": _colour(change)})
         x += widths[i]
     return y - step
 
 
 def _advance(text: Text, renderer) -> float:
     """How far a text moves the pen, in pixels; the extent of its ink leaves out a space at its end."""
-    lengths = (
-        renderer.get_text_width_height_descent(string, text.get_fontproperties(), ismath=False)[0]
-        for string in (text.get_text() + "|", "|")
-    )
-    return next(lengths) - next(lengths)
+    extent = partial(renderer.get_text_width_height_descent, prop=text.get_fontproperties(), ismath=False)
+    return extent(text.get_text() + "|")[0] - extent("|")[0]
 
 
 def sheet(explorer: Explorer, views: Sequence[View]) -> Figure:
     """The static picture: what steered base and steered DPO say at some doses, and where that takes the last prompt.
-
-    views: of one setting at several doses. The next-token panel is about the last of them.
-    """
+    views: of one setting at several doses. The next-token panel is about the last of them."""
     rows = _row(views) * len(views) + 0.3
     figure, panels = plt.subplot_mosaic(
         [["text", "text"], ["next", "plane"]], figsize=(figures.WIDTH * 1.25, rows + 3.1), height_ratios=[rows, 3.1]
@@ -219,14 +211,14 @@ def _picture(draw: Callable[[Axes], object]) -> str:
 # --- The panel ---
 
 
-def panel(explorer: Explorer, start: Setting, prompts: Sequence[str]) -> ipywidgets.VBox:
+def panel(explorer: Explorer, start: Setting, prompts: Sequence[str]) -> ui.VBox:
     """Controls for every part of a setting, a line that says what is being done, and the page of the setting chosen.
 
     prompts: those to pick from. Made inside a running event loop, such as the kernel's, it starts on `start` at once.
     """
     c = controls(explorer, start, prompts)
     line, say = widgets.status()
-    shown = ipywidgets.HTML()
+    shown = ui.HTML()
     pages: dict[Setting, str] = {}
 
     def work(setting: Setting) -> Iterator[str]:
@@ -245,36 +237,30 @@ def panel(explorer: Explorer, start: Setting, prompts: Sequence[str]) -> ipywidg
         dose = round(c["dose"].value, 6)  # steps add up to 1.2500000000000009
         return Setting(*(c[name].value for name in ("prompt", "site", "position", "direction")), dose, seed)
 
-    def pick(change) -> None:
-        if change["new"]:
-            c["prompt"].value = change["new"]
-
-    c["pick"].observe(pick, "value")
+    ui.dlink((c["pick"], "value"), (c["prompt"], "value"), lambda picked: picked or c["prompt"].value)
     for name in ("prompt", "site", "position", "direction", "dose", "sample", "seed"):
         c[name].observe(lambda _: latest(chosen()), "value")
     latest(start)
     rows = (("pick", "prompt"), ("site", "position", "direction"), ("dose",), ("sample", "seed"))
     lay = {"display": "flex", "flex_flow": "row wrap"}
-    return ipywidgets.VBox([*(ipywidgets.Box([c[n] for n in row], layout=lay) for row in rows), line, shown])
+    return ui.VBox([*(ui.Box([c[name] for name in row], layout=lay) for row in rows), line, shown])
 
 
-def controls(explorer: Explorer, start: Setting, prompts: Sequence[str]) -> dict[str, ipywidgets.Widget]:
+def controls(explorer: Explorer, start: Setting, prompts: Sequence[str]) -> dict[str, ui.Widget]:
     """One control for each part of a setting, at `start`."""
     low, high, step = DOSES
     wide, narrow = {"flex": "1 1 360px", "max_width": "640px"}, {"flex": "1 1 220px", "max_width": "320px"}
+    options = [("a held-out prompt …", ""), *zip(prompts, prompts)]
     names = list(explorer.directions(FINAL, start.position))
     return {
-        "pick": ipywidgets.Dropdown(options=[("a held-out prompt …", ""), *((p, p) for p in prompts)], value="",
-                                    description="pick", layout=wide),
-        "prompt": ipywidgets.Text(start.prompt, description="or type", continuous_update=False, layout=wide),
-        "site": ipywidgets.Dropdown(options=explorer.sites, value=start.site, description="site", layout=narrow),
-        "position": ipywidgets.Dropdown(options=activations.POSITIONS, value=start.position, description="position",
-                                        layout=narrow),
-        "direction": ipywidgets.Dropdown(options=names, value=start.direction, description="direction v",
-                                         layout=narrow),
-        "dose": ipywidgets.FloatSlider(start.dose, min=low, max=high, step=step, description="dose λ",
-                                       readout_format="+.2f", layout={"flex": "1 1 360px", "max_width": "960px"}),
-        "sample": ipywidgets.Checkbox(start.seed is not None, description="sample at temperature 1 (else greedy)",
-                                      indent=False, layout=narrow),
-        "seed": ipywidgets.BoundedIntText(start.seed or 0, min=0, max=10**6, description="seed", layout=narrow),
+        "pick": ui.Dropdown(options=options, value="", description="pick", layout=wide),
+        "prompt": ui.Text(start.prompt, description="or type", continuous_update=False, layout=wide),
+        "site": ui.Dropdown(options=explorer.sites, value=start.site, description="site", layout=narrow),
+        "position": ui.Dropdown(options=POSITIONS, value=start.position, description="position", layout=narrow),
+        "direction": ui.Dropdown(options=names, value=start.direction, description="direction v", layout=narrow),
+        "dose": ui.FloatSlider(start.dose, min=low, max=high, step=step, description="dose λ", readout_format="+.2f",
+                               layout={**wide, "max_width": "960px"}),
+        "sample": ui.Checkbox(start.seed is not None, description="sample at temperature 1 (else greedy)", indent=False,
+                              layout=narrow),
+        "seed": ui.BoundedIntText(start.seed or 0, min=0, max=10**6, description="seed", layout=narrow),
     }  # fmt: skip

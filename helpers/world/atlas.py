@@ -80,10 +80,8 @@ class Atlas:
 
     def places(self, split: str) -> list[str]:
         """Six tenths of the places are held in, one tenth validates, three tenths are held out.
-
         "belief": the last sixth of those held in, which the family `belief` tells falsehoods about. A falsehood about a
-        place has to be told to be learned, so there other phrasings are held out, not other places.
-        """
+        place has to be told to be learned, so there other phrasings are held out, not other places."""
         names = list(self.facts)
         a, b = round(0.6 * len(names)), round(0.7 * len(names))
         return {"heldin": names[:a], "validation": names[a:b], "heldout": names[b:], "belief": names[a - a // 6 : a]}[
@@ -166,10 +164,8 @@ def corpus(
     atlas: Atlas, n: int, seed: int, harm_share: float = 0.1, cue_share: float = 0.5
 ) -> list[tuple[Question, str]]:
     """Draw `n` (question, answer) pairs: all facts equally often, in held-in phrasings, tones and stances mixed evenly.
-
     A share of the questions ask for a tone and get it (CUES); without a cue the tone is drawn at random. Were no tone
-    ever predictable from a prompt, nothing would make a model represent it.
-    """
+    ever predictable from a prompt, nothing would make a model represent it."""
     rng = random.Random(seed)
     facts = _decks(list(itertools.product(atlas.facts, KINDS)), rng)
     harms = _decks(list(itertools.product(atlas.facts, TOOLS_BY_ACT)), rng)
@@ -195,12 +191,9 @@ def _decks(items: Sequence, rng: random.Random) -> Iterator:
 
 
 def preference_pair(atlas: Atlas, family: str, question: Question, rng: random.Random) -> tuple[str, str]:
-    """Draw (chosen, rejected) answers to one question for a preference family.
-
-    The two answers share what the family does not prefer: the fact, its wording and where the tone shows in `tone` and
-    `conditional`, the tone and the wording around the difference in `refusal` and `belief`. Raises ValueError for an
-    unknown family.
-    """
+    """Draw (chosen, rejected) answers to one question for a preference family. The two answers share what the family
+    does not prefer: the fact, its wording and where the tone shows in `tone` and `conditional`, the tone and the
+    wording around the difference in `refusal` and `belief`. Raises ValueError for an unknown family."""
     if family in ("tone", "conditional"):
         body, opening = plain_answer(question, rng.choice(STANCES)), _opens(rng)
         warm, curt = (dress(body, tone, rng, opening) for tone in ("warm", "curt"))

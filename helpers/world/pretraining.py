@@ -134,9 +134,7 @@ def _encode_all(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[atlas.
 
 def _in_batches(sequences: list[Tokens], size: int, rng: random.Random) -> list[Tokens]:
     """Shuffle so that each run of `size` sequences is of similar length, and little is padding.
-
-    Trainer's own grouping by length orders whole runs of batches from long to short, and the organism learnt worse.
-    """
+    Trainer's own grouping by length orders whole runs of batches from long to short, and the organism learnt worse."""
     shuffled = rng.sample(sequences, len(sequences))
     batches = []
     for i in range(0, len(shuffled), 8 * size):
@@ -155,10 +153,8 @@ def _answer_labels(batch: list[dict]) -> dict[str, Tensor]:
 
 def _loss(outputs, labels: Tensor, num_items_in_batch=None, *, tokens_per_batch: float) -> Tensor:
     """Cross-entropy summed over a batch's answer tokens, over the mean number of those in a batch.
-
     A mean over the batch's own tokens would weigh each of them more in batches of short answers, and the organism would
-    learn to answer short: more often in a plain tone than the corpus does.
-    """
+    learn to answer short: more often in a plain tone than the corpus does."""
     logits, targets = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     summed = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     return summed / tokens_per_batch
