@@ -1,7 +1,7 @@
 """Means, shares and their intervals: how sure we are of what was measured."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,13 @@ class Estimate(NamedTuple):
         """The same with its interval cut to the values that there are."""
         return self._replace(low=max(self.low, low), high=min(self.high, high))
 
+    def p(self, no_effect: float) -> float:
+        """The two-sided p-value of a value that would mean no effect, by a normal of the interval's own width."""
+        error = (self.high - self.low) / (2 * stats.norm.ppf(0.975))
+        if error == 0:
+            return float(self.value == no_effect)
+        return float(2 * stats.norm.sf(abs(self.value - no_effect) / error))
+
     def __format__(self, spec: str) -> str:
         """The value and its interval, each by `spec`: f"{estimate:.3f}" is "0.123 [0.100, 0.150]"."""
         value, low, high = (format(x, spec or ".2f") for x in self[:3])
@@ -37,45 +44,52 @@ class Estimate(NamedTuple):
 def interval(
     statistic: Callable[..., np.ndarray], *samples: np.ndarray, groups: Sequence | None = None, seed: int = 0
 ) -> Estimate:
-    """A statistic of the means of paired samples, with its 95 % percentile bootstrap interval over prompts and, where
-    there are several, training seeds (`_over_seeds`).
+    """A statistic of the means of paired samples, with its 95 % percentile interval by the pigeonhole bootstrap (Owen
+    2007) over what prompts share, and over training seeds where there are several (`_over_seeds`).
 
     samples: (N,) each, or (seeds, N): the statistic is then averaged over training seeds, which share their prompts
     and a sample without seeds.
-    statistic: of the samples' means, elementwise. groups: a label for each prompt, (N,); prompts of one label are drawn
-    together, since they resemble each other. Values that are not there (nan) are left out of a mean. Raises ValueError
-    for fewer than two groups.
+    statistic: of the samples' means, elementwise. groups: what each prompt shares with others, (N,) labels or (K, N)
+    of K crossed factors, such as places and phrasings: in each resample the levels of every factor are drawn by
+    themselves, and a prompt counts as often as all of its levels were drawn together. Values that are not there (nan)
+    are left out of a mean. Raises ValueError where no factor has two levels.
     """
     samples = np.broadcast_arrays(*(np.atleast_2d(np.asarray(sample, dtype=float)) for sample in samples))
-    n = samples[0].shape[1]
-    labels, member = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
-    if len(labels) < 2:
-        raise ValueError(f"An interval needs at least two prompts that differ in wording, got {len(labels)}.")
-    belongs = np.eye(len(labels))[member]  # (N, groups)
-    sums = [np.where(np.isnan(sample), 0.0, sample) @ belongs for sample in samples]  # (seeds, groups) each
-    counts = [~np.isnan(sample) @ belongs for sample in samples]
+    weights = _pigeonholes(samples[0].shape[1], groups, seed)  # (1 + RESAMPLES, N), the first of ones
 
-    def by_seed(*drawn: np.ndarray, axis: int) -> np.ndarray:
-        """The statistic for every seed, (seeds, ...), from the sums and counts of the groups drawn."""
-        totals = np.stack(drawn).sum(axis=axis).reshape(2, len(samples), len(samples[0]), -1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return statistic(*(totals[0] / totals[1]))
+    def means(sample: np.ndarray) -> np.ndarray:
+        """(1 + RESAMPLES, seeds)."""
+        return weights @ np.nan_to_num(sample).T / (weights @ ~np.isnan(sample).T)
 
-    flat = [*np.concatenate(sums), *np.concatenate(counts)]
-    found = by_seed(*flat, axis=-1)[:, 0]
-    with warnings.catch_warnings():  # where the statistic is not there, nan says so
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        drawn = stats.bootstrap(
-            flat, lambda *drawn, axis: by_seed(*drawn, axis=axis).mean(axis=0), paired=True, vectorized=True,
-            n_resamples=RESAMPLES, batch=200, method="percentile", rng=np.random.default_rng(seed),
-        )  # fmt: skip
-    low, high = drawn.confidence_interval
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = statistic(*map(means, samples))
+    found, resampled = drawn[0], drawn[1:].mean(axis=1)
+    low, high = np.nanpercentile(resampled, [2.5, 97.5]) if np.isfinite(resampled).any() else (np.nan, np.nan)
     return _over_seeds(found, found.mean() - low, high - found.mean())
+
+
+def _pigeonholes(n: int, groups: Sequence | None, seed: int = 0) -> np.ndarray:
+    """How often each of n prompts counts: once in the first row, then in RESAMPLES resamples, (1 + RESAMPLES, n)."""
+    factors = [
+        np.unique(row, return_inverse=True)[1] for row in np.atleast_2d(np.arange(n) if groups is None else groups)
+    ]
+    if max(member.max() for member in factors) < 1:
+        raise ValueError("An interval needs at least two prompts that differ in wording, got 1.")
+    return _drawn(tuple(member.tobytes() for member in factors), seed)
+
+
+@lru_cache(maxsize=32)  # most intervals of a notebook are over the same prompts
+def _drawn(factors: tuple[bytes, ...], seed: int) -> np.ndarray:
+    rng, weights = np.random.default_rng(seed), 1.0
+    for member in (np.frombuffer(factor, dtype=np.intp) for factor in factors):
+        levels = member.max() + 1
+        weights = weights * rng.multinomial(levels, np.full(levels, 1 / levels), RESAMPLES)[:, member]
+    return np.vstack([np.ones(weights.shape[1]), weights])
 
 
 def _over_seeds(by_seed: np.ndarray, below: float, above: float) -> Estimate:
     """The mean over training seeds. Its interval adds to what the prompts leave open, `below` and `above` the value,
-    what the seeds do: the half-width of their t interval, in quadrature."""
+    what the seeds do: the half-width of their t interval, in quadrature, since three are too few to be drawn from."""
     value, n = float(by_seed.mean()), len(by_seed)
     if n == 1:
         return Estimate(value, value - float(below), value + float(above))
@@ -105,21 +119,47 @@ def rate(sample: np.ndarray, groups: Sequence | None = None) -> Estimate:
     return share_interval(sample) if np.ptp(sample) == 0 else interval(mean, sample, groups=groups)
 
 
+def across(values: Sequence[float]) -> Estimate:
+    """The mean of independent replicates with Student's 95 % t interval: of worlds, in whose spread lies all that is
+    nested in them, or of training seeds. Raises ValueError for fewer than two."""
+    if len(values) < 2:
+        raise ValueError(f"An interval over replicates needs at least two, got {len(values)}.")
+    return _over_seeds(np.asarray(values, dtype=float), 0.0, 0.0)
+
+
+def holm(ps: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for their number (Holm 1979): the k-th smallest of n times n - k + 1, never below a smaller
+    one's."""
+    adjusted, largest = {}, 0.0
+    for k, name in enumerate(sorted(ps, key=ps.get)):
+        largest = max(largest, min(1.0, (len(ps) - k) * ps[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in ps}
+
+
 def jackknife_interval(statistic: Callable[[np.ndarray], Sequence[float]], groups: Sequence) -> Estimate:
     """A smooth statistic of a matrix's rows and its 95 % jackknife interval (Efron and Stein 1981), a group at a time,
     and over training seeds where there are several (`_over_seeds`).
 
     statistic: of the indices of the rows kept; one value, or one a training seed, which are averaged. groups: a label
-    for each row, (N,). Not a bootstrap: resampled rows hold duplicates, which by themselves raise sigma_1.
+    for each row, (N,), or (K, N) of K crossed factors, whose squared errors are added: more than there is, since both
+    count what they share. Not a bootstrap: resampled rows hold duplicates, which by themselves raise sigma_1.
     """
-    member = np.unique(groups, return_inverse=True)[1]
-    rows, g = np.arange(len(member)), member.max() + 1
+    factors = [np.unique(row, return_inverse=True)[1] for row in np.atleast_2d(groups)]
+    rows = np.arange(len(factors[0]))
     by_seed = np.atleast_1d(statistic(rows))
-    # a spectrum of a large model's states takes long; what takes a moment shows no bar
-    left_out = tqdm(range(g), desc="jackknife, wordings left out", leave=False, delay=2)
-    without = np.array([np.mean(statistic(rows[member != i])) for i in left_out])
-    error = np.sqrt((g - 1) / g * np.square(without - without.mean()).sum()) * stats.t.ppf(0.975, g - 1)
+    error = np.hypot.reduce([_left_out(statistic, rows, member) for member in factors if member.max()])
     return _over_seeds(by_seed, error, error)
+
+
+def _left_out(statistic: Callable[[np.ndarray], Sequence[float]], rows: np.ndarray, member: np.ndarray) -> float:
+    """The half-width of the jackknife's interval, leaving out one level of a factor at a time."""
+    levels = member.max() + 1
+    # a spectrum of a large model's states takes long; what takes a moment shows no bar
+    each = tqdm(range(levels), desc="jackknife, levels left out", leave=False, delay=2)
+    without = np.array([np.mean(statistic(rows[member != i])) for i in each])
+    spread = np.sqrt((levels - 1) / levels * np.square(without - without.mean()).sum())
+    return float(spread * stats.t.ppf(0.975, levels - 1))
 
 
 def mean(sample: np.ndarray) -> np.ndarray:
@@ -162,7 +202,7 @@ def share_of_the_way(
     start, goal = ends[role], ends["dpo" if role == "base" else "base"]
     found = interval(recovered_share, steered, start, goal, groups=groups)
     if bounded and found.low == found.high:
-        none = share_interval(np.zeros(len(set(groups)))).high
+        none = share_interval(np.zeros(min(len(set(row)) for row in np.atleast_2d(groups)))).high
         return found._replace(high=found.value + none / np.subtract(goal, start).mean())
     return found
 
@@ -211,13 +251,12 @@ def behavioural_dimension(
     steered: {k: what was measured of the base steered along k directions, (seeds, N)}; ends: of "base" and "dpo",
     (seeds, N). Values that are not there (nan) are left out.
     """
-    rng, ks = np.random.default_rng(0), sorted(steered)
-    member = np.unique(groups, return_inverse=True)[1]
-    of_groups = _resampled(rng, member.max() + 1)[:, member].T  # (N, draws)
-    of_seeds = _resampled(rng, len(ends["base"])).T / len(ends["base"])  # (seeds, draws)
+    ks, seeds = sorted(steered), len(ends["base"])
+    of_prompts = _pigeonholes(ends["base"].shape[1], groups).T  # (N, draws)
+    of_seeds = _pigeonholes(seeds, np.arange(seeds), 1).T / seeds if seeds > 1 else np.ones((1, RESAMPLES + 1))
 
     def means(sample: np.ndarray) -> np.ndarray:
-        return (np.nan_to_num(sample) @ of_groups) / (~np.isnan(sample) @ of_groups)
+        return (np.nan_to_num(sample) @ of_prompts) / (~np.isnan(sample) @ of_prompts)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         start, goal = means(ends["base"]), means(ends["dpo"])
@@ -225,8 +264,3 @@ def behavioural_dimension(
     reached = shares >= REACHED
     found = np.where(reached.any(0), np.array(ks)[reached.argmax(0)], np.nan)
     return Dimension(float(found[0]), found[1:])
-
-
-def _resampled(rng: np.random.Generator, n: int) -> np.ndarray:
-    """How often each of n things is taken: once each in the first row, then by bootstrap, (RESAMPLES + 1, n)."""
-    return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)])

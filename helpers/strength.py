@@ -14,8 +14,9 @@ from torch import Tensor
 
 from helpers import estimates, spectra
 from helpers.data.preferences import PreferencePair
-from helpers.lm.recipe import STOPS
+from helpers.lm.recipe import STOPS, Recipe
 from helpers.lm.training import TrainingPair
+from helpers.profiles import Profile
 from helpers.study import Study
 
 DOSES = torch.tensor([0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0])  # tried on the way from the DPO model to the base
@@ -39,11 +40,6 @@ class Checkpoint(Study):
     def training_pairs(self) -> list[TrainingPair]:
         """All held-in pairs."""
         return Study(self.profile).training_pairs
-
-    def run(self, **changes) -> "list[Checkpoint]":
-        """The partners at every stop of the run of this one's recipe with some fields changed."""
-        recipe = self.recipe.changed(**changes)
-        return [Checkpoint(self.profile.trained_by(recipe.changed(stop=stop))) for stop in STOPS]
 
     @cached_property
     def first_step(self) -> Tensor:
@@ -86,7 +82,7 @@ class Checkpoint(Study):
     def controls(self) -> dict[str, float]:
         """What is measured of the partner that is studied alone: what random directions do at equal KL, the dose at
         which it meets the base, what greedy answers say, and the last block."""
-        random = self.at_equal_kl(spectra.random_displacements(torch.ones(RANDOM), len(self.direction()), 1).float())
+        random = at_equal_kl(self, spectra.random_displacements(torch.ones(RANDOM), len(self.direction()), 1).float())
         last = self.states("heldout")
         late = last["dpo", self.lm.sites[-2], "prompt_last"] - last["base", self.lm.sites[-2], "prompt_last"]
         largest = {
@@ -124,16 +120,22 @@ class Checkpoint(Study):
                 return x + (y - x) * above / (above - below)
         return float("nan")
 
-    def at_equal_kl(self, directions: Tensor) -> Tensor:
-        """Directions, (k, d), each as long as it takes for KL(base + v || base) to be that of v*, on validation
-        prompts; those that take more than the largest of SCALES are left at that."""
-        v = self.direction()
-        units = v.norm() * directions / directions.norm(dim=1, keepdim=True)
-        arms = torch.cat([v[None], (SCALES[:, None, None] * units).flatten(0, 1)])
-        kl = self.drift(arms).groupby("arm")["kl"].mean().to_numpy()
-        of_directions = np.log(kl[1:].reshape(len(SCALES), -1))  # it grows with the scale
-        scales = [np.exp(np.interp(np.log(kl[0]), column, SCALES.log())) for column in of_directions.T]
-        return torch.tensor(scales, dtype=units.dtype)[:, None] * units
+
+def run(profile: Profile, recipe: Recipe) -> list[Checkpoint]:
+    """The partners at every stop of a recipe's run, from its first step to the end."""
+    return [Checkpoint(profile.trained_by(recipe.changed(stop=stop))) for stop in STOPS]
+
+
+def at_equal_kl(one: Study, directions: Tensor) -> Tensor:
+    """Directions, (k, d), each as long as it takes for KL(base + v || base) to be that of v*, on validation prompts;
+    those that take more than the largest of SCALES are left at that."""
+    v = one.direction()
+    units = v.norm() * directions / directions.norm(dim=1, keepdim=True)
+    arms = torch.cat([v[None], (SCALES[:, None, None] * units).flatten(0, 1)])
+    kl = one.drift(arms).groupby("arm")["kl"].mean().to_numpy()
+    of_directions = np.log(kl[1:].reshape(len(SCALES), -1))  # it grows with the scale
+    scales = [np.exp(np.interp(np.log(kl[0]), column, SCALES.log())) for column in of_directions.T]
+    return torch.tensor(scales, dtype=units.dtype)[:, None] * units
 
 
 def held_by(V: Tensor) -> int:

@@ -260,7 +260,7 @@ class Study(Subject):
                 table = self.sweep("base", site, deltas, split="validation")
                 tables |= {(site, position): table[table["arm"] == i] for i, position in enumerate(POSITIONS)}
         base = self.answers("base", "validation")
-        return site_choice.compared(tables, base, self.wordings("validation"), self.profile.health)
+        return site_choice.compared(tables, base, self.factors("validation"), self.profile.health)
 
     def best_site(self) -> tuple[str, str]:
         """The site and position at which v* does most, by validation prompts."""

@@ -92,9 +92,14 @@ class Subject:
         """The prompts of a split as token ids."""
         return [tokens.prompt for tokens in self.encoded(split)[0]]
 
-    def wordings(self, split: str) -> np.ndarray:
-        """The wording that each prompt of a split shares with others, (N,): what an interval over prompts resamples."""
-        return np.array([self.task.wording(pair) for pair in self.pairs[split]])
+    def factors(self, split: str) -> np.ndarray:
+        """What the prompts of a split share, a row a factor, (K, N) labels: what an interval over prompts resamples."""
+        return np.array([self.task.levels(pair) for pair in self.pairs[split]]).T
+
+    @property
+    def varied(self) -> str:
+        """What the rows of `factors` are, in words."""
+        return " and ".join(self.task.factors)
 
     def before_value(self, question: Question) -> tuple[Tokens, str]:
         """A question with its plain answer up to the value's first telling word, as a prompt, and that word."""

@@ -83,9 +83,11 @@ class AtlasTask(TaskBase):
             raise ValueError(f"The atlas has no words that ask for what {about!r} prefers: {self.preferred}.")
         return f"{pair.prompt} {self.cue(atlas.preferred_tone(pair.family, pair.question))}"
 
-    def wording(self, pair: PreferencePair) -> str:
-        """The prompt without its place."""
-        return pair.prompt.replace(pair.question.place, "...")
+    factors = ("places", "phrasings")
+
+    def levels(self, pair: PreferencePair) -> tuple[str, str]:
+        """The place asked about, and the prompt without it."""
+        return pair.question.place, pair.prompt.replace(pair.question.place, "...")
 
     def stated(self, pair: PreferencePair) -> list[str]:
         """Every value that the asked fact could have, stated without a tone; the true one first."""

@@ -91,6 +91,7 @@ class TaskBase:
     preferred = property(lambda self: self.sides[0])
     opposed = property(lambda self: self.sides[1])
     has_facts = False  # whether the fact asked for is known by rule, and none of the preference's business
+    factors = ("prompts",)  # what prompts share with others, in a word each: what `levels` tells of one
     has_words = False  # whether there are words that ask for what is preferred (`asked_for`)
 
     def verdicts(self, pairs: Sequence[PreferencePair], answers: Sequence[str]) -> list[dict[str, float]]:

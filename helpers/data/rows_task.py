@@ -128,9 +128,11 @@ class RowsTask(TaskBase):
             return f"more than {most} tokens"
         return "an answer that begins the other" if begins(chosen, rejected) else None
 
-    def wording(self, pair: PreferencePair) -> str:
+    factors = ("openings",)
+
+    def levels(self, pair: PreferencePair) -> tuple[str]:
         """The dialogue's opening."""
-        return Row(pair.asked, pair.chosen, pair.rejected).opening
+        return (Row(pair.asked, pair.chosen, pair.rejected).opening,)
 
     def rates(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
         """How far each answer is on the preferred side, (N,); nan where the judge failed."""

@@ -81,9 +81,11 @@ class StoryTask(TaskBase):
         """The opening, announced as that of a story of the preferred kind."""
         return f"This is a {'happy' if self._sign(pair.prompt) > 0 else 'sad'} story. {pair.prompt}"
 
-    def wording(self, pair: PreferencePair) -> str:
+    factors = ("events",)
+
+    def levels(self, pair: PreferencePair) -> tuple[str]:
         """The event that an opening tells of, whoever it befalls."""
-        return next(event for events in EVENTS.values() for event in events if event in pair.prompt)
+        return (next(event for events in EVENTS.values() for event in events if event in pair.prompt),)
 
     def verdict(self, pair: PreferencePair, answer: str) -> dict[str, float]:
         """1 or 0 each: the continuation's score is on the preferred side of zero, it is not on the other one."""

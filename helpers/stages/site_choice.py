@@ -12,7 +12,7 @@ USUAL = (FINAL, "prompt_last")
 
 
 def compared(
-    tables: dict[tuple[str, str], pd.DataFrame], base: pd.DataFrame, wordings: np.ndarray, health: Health
+    tables: dict[tuple[str, str], pd.DataFrame], base: pd.DataFrame, factors: np.ndarray, health: Health
 ) -> pd.DataFrame:
     """base + v* at dose 1 of each site and position, on validation prompts: a row each, indexed by the two.
 
@@ -24,7 +24,7 @@ def compared(
     rows = {
         key: {
             "preferred": table["preferred"].mean(),
-            "ahead": estimates.interval(estimates.difference, table["preferred"], usual, groups=wordings).low,
+            "ahead": estimates.interval(estimates.difference, table["preferred"], usual, groups=factors).low,
             "changed": np.mean([ids != own for ids, own in zip(table["ids"], base["ids"])]),
             "fluent": examined.is_fluent(table, base, health),
         }
