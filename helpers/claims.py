@@ -1,7 +1,7 @@
 """The claims ledger: what is claimed, what was predicted before measuring, what was measured, and a verdict.
 
-predictions.toml holds claims, regions and numbered predictions, each with its date and what changed since. The verdict
-follows by rule from the measured interval alone.
+predictions.toml holds claims, regions and numbered predictions, each with its date and what changed since. The ledger
+holds what was measured; verdicts, in three parts, follow by rule from the whole of it (`verdicts`).
 """
 
 import json
@@ -10,18 +10,22 @@ import re
 import tomllib
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from filelock import FileLock
 from pydantic import Field
 
 from helpers import figures, places
-from helpers.estimates import Estimate
+from helpers.estimates import Estimate, holm
 from helpers.profiles import Profile
 from helpers.settings import Settings
 from helpers.stages import artifacts
 
-VERDICTS = ("reproduced", "partly", "not reproduced", "cannot tell")
+YES, NO, UNDECIDED, NONE = "yes", "no", "undecided", "—"  # the marks of a verdict's parts; NONE: not asked
+ALGEBRA, REPRODUCED, UNSPECIFIC = "algebra", "reproduced", "holds, but not shown to be specific to DPO"
+ANOTHER_SIZE, NOT_REPRODUCED = "another size", "not reproduced"
+WORDS = (ALGEBRA, REPRODUCED, UNSPECIFIC, ANOTHER_SIZE, UNDECIDED, NOT_REPRODUCED)
+LEVEL = 0.05  # of all claims together (Holm)
 MEASURED = "measured"  # a `no_effect` that `record` is told: what the null gives
 A_LIST = Field(strict=False)  # in TOML, of what is a tuple here
 
@@ -47,7 +51,7 @@ class Claim(Settings):
     quantity: str
     no_effect: float | Literal["measured"] | None = None
     label: str = ""
-    control: str = ""
+    algebra: bool = False  # an identity, which no experiment can make more or less true
     caveat: str = ""
     changes: Annotated[tuple[Change, ...], A_LIST] = ()
 
@@ -88,24 +92,111 @@ def scored(section: str, number: int, holds: bool, text: str) -> str:
     return f"{number}. **{'Held' if holds else 'Failed'}.** {text}"
 
 
-def verdict(low: float, high: float, region: tuple[float, float], no_effect: float | None) -> str:
-    """The verdict on an interval [low, high].
+class Verdict(NamedTuple):
+    """direction: whether the interval excludes no effect, on the claimed side. size: whether it lies inside the claimed
+    region. specific: whether the number exceeds that of the strongest matched control, `decided_by`."""
 
-    reproduced: all of it lies in the predicted region. cannot tell: it touches the region but also holds the value that
-    would mean no effect (or, where there is none, reaches out of the region). partly: it lies beyond no effect on the
-    predicted side, but not all in the region. not reproduced: anything else.
-    """
-    inside_low, inside_high = region
-    if inside_low <= low and high <= inside_high:
-        return "reproduced"
-    touches = low <= inside_high and inside_low <= high
-    if no_effect is None:
-        return "cannot tell" if touches else "not reproduced"
-    if low <= no_effect <= high:
-        return "cannot tell" if touches else "not reproduced"
-    predicted_above = (inside_low + inside_high) / 2 > no_effect
-    found_above = low > no_effect
-    return "partly" if predicted_above == found_above else "not reproduced"
+    direction: str
+    size: str
+    specific: str
+    word: str
+    decided_by: str
+
+
+def side(entry: Mapping) -> int:
+    """On which side of no effect the claimed region lies: 1 above it, -1 below, 0 where nothing would be no effect."""
+    if entry["no_effect"] is None:
+        return 0
+    low, high = region(entry)
+    return 1 if low + high > 2 * entry["no_effect"] else -1
+
+
+def region(entry: Mapping) -> tuple[float, float]:
+    """Where the number is claimed to lie, both ends included."""
+    low, high = entry["prediction"]
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
+def size(entry: Mapping) -> str:
+    """Whether the interval lies "inside" the claimed region, "outside" it, or "across" its edge."""
+    low, high = region(entry)
+    if low <= entry["ci_low"] and entry["ci_high"] <= high:
+        return "inside"
+    return "across" if entry["ci_low"] <= high and low <= entry["ci_high"] else "outside"
+
+
+def direction(entry: Mapping, p: float) -> str:
+    """Whether there is an effect on the claimed side: "no" where it lies on the other side, or where no effect is
+    possible and an effect of the claimed size is not. p: of no effect, adjusted for the number of claims."""
+    if not side(entry):
+        return NONE
+    if p < LEVEL:
+        return YES if side(entry) * (entry["value"] - entry["no_effect"]) > 0 else NO
+    return NO if size(entry) == "outside" else UNDECIDED
+
+
+def strongest(entry: Mapping) -> str:
+    """The matched control that comes nearest to the claim, or beyond it; empty where none could be had."""
+    beyond = entry.get("beyond", {})
+    return min(beyond, key=lambda name: side(entry) * beyond[name][0], default="") if side(entry) else ""
+
+
+def specific(entry: Mapping, p: float) -> str:
+    """Whether the claim's number exceeds that of its strongest matched control. p: of no difference, adjusted."""
+    if not side(entry):
+        return NONE
+    name = strongest(entry)
+    if not name:
+        return UNDECIDED
+    return YES if p < LEVEL and side(entry) * entry["beyond"][name][0] > 0 else NO
+
+
+def word(marks: tuple[str, str, str], algebra: bool = False) -> str:
+    """The verdict in words, from its three marks."""
+    of_direction, of_size, of_specific = marks
+    if of_direction == NONE:  # nothing is claimed to change
+        found = {"inside": REPRODUCED, "outside": NOT_REPRODUCED, "across": UNDECIDED}[of_size]
+        return ALGEBRA if algebra and found == REPRODUCED else found
+    if of_direction == NO:
+        return NOT_REPRODUCED
+    if of_direction == YES and of_size == "outside":
+        return ANOTHER_SIZE
+    if of_direction == YES and of_size == "inside":
+        return {YES: REPRODUCED, NO: UNSPECIFIC}.get(of_specific, UNDECIDED)
+    return UNDECIDED
+
+
+def verdicts(ledger: Mapping[str, Mapping]) -> dict[str, Verdict]:
+    """{claim: its verdict}. p-values are adjusted for the number of claims (Holm), for direction and for specific by
+    themselves, the paper's claims and ours apart."""
+    return {name: found for family in (CLAIMS, OURS) for name, found in _verdicts(ledger, family).items()}
+
+
+def _verdicts(ledger: Mapping[str, Mapping], family: Mapping[str, Claim]) -> dict[str, Verdict]:
+    entries = {name: ledger[name] for name in family if name in ledger}
+    asked = {name: entry for name, entry in entries.items() if side(entry)}
+    of_effect = {name: _estimate(entry).p(entry["no_effect"]) for name, entry in asked.items()}
+    of_control = {
+        name: Estimate(*entry["beyond"][strongest(entry)]).p(0) for name, entry in asked.items() if strongest(entry)
+    }
+    effect, control = holm(of_effect), holm(of_control)
+    found = {}
+    for name, entry in entries.items():
+        marks = direction(entry, effect.get(name, 1)), size(entry), specific(entry, control.get(name, 1))
+        found[name] = Verdict(*marks, word(marks, family[name].algebra), strongest(entry))
+    return found
+
+
+def told(entry: Mapping) -> str:
+    """An entry's verdict in a line, alone: not adjusted for how many claims there are."""
+    (found,) = verdicts({entry["id"]: entry}).values()
+    by = f" (beside {found.decided_by})" if found.decided_by else ""
+    parts = f"direction {found.direction}, size {found.size}, specific {found.specific}{by}"
+    return f"{found.word}, taken alone: {parts}"
+
+
+def _estimate(entry: Mapping) -> Estimate:
+    return Estimate(entry["value"], entry["ci_low"], entry["ci_high"])
 
 
 def record(
@@ -116,12 +207,18 @@ def record(
     figure: str,
     controls: Mapping[str, float] | None = None,
     null: float | None = None,
+    beyond: Mapping[str, Estimate] | None = None,
+    missing: Mapping[str, str] | None = None,
+    varied: str = "",
 ) -> dict:
     """Enter an estimate from n prompts or cases into the profile's claims.json; return the entry.
 
     figure: the name of the figure that shows it; the notebook that saves it is entered too.
-    null: what the null gives, for a claim whose `no_effect` is MEASURED. Entries of another study that was written
-    into the same folder (another model, another seed) are dropped. Raises ValueError for what is no measurement.
+    null: what the null gives, for a claim whose `no_effect` is MEASURED.
+    beyond: the claim's number less that of each matched control, paired. missing: why a control has none.
+    varied: what the interval is over; training seeds and prompts where it is left out. Entries of another study that
+    was written into the same folder (another model, another seed) are dropped. Raises ValueError for what is no
+    measurement.
     """
     claim = ALL[claim_id]
     value, low, high = map(_rounded, estimate[:3])
@@ -130,36 +227,54 @@ def record(
         raise ValueError(f"{claim_id}: ({value}, {low}, {high}) is not a finite value within its interval.")
     if (claim.no_effect == MEASURED) != (null is not None):
         raise ValueError(f"{claim_id}: give a measured null where the claim asks for one, and nowhere else.")
-    no_effect = claim.no_effect if null is None else _rounded(null)
+    seeds = "a training seed" if len(by_seed) == 1 else f"{len(by_seed)} training seeds"
     entry = {
         "id": claim_id, "section": claim.section, "statement": claim.statement, "metric": claim.metric,
         "prediction": [None if math.isinf(end) else end for end in claim.region], "origin": claim.origin,
-        "no_effect": no_effect, "value": value, "ci_low": low, "ci_high": high, "n": n,
-        "seeds": [profile.seed + k for k in range(len(by_seed))], "by_seed": by_seed,
-        "controls": {name: _rounded(x) for name, x in (controls or {}).items()},
-        "verdict": verdict(low, high, claim.region, no_effect), "notebook": figures.notebook_of(figure),
-        "figure": figure, "profile": profile.hash,
+        "no_effect": claim.no_effect if null is None else _rounded(null), "value": value, "ci_low": low,
+        "ci_high": high, "n": n, "varied": varied or f"prompts and {seeds}", "by_seed": by_seed,
+        "controls": {}, "beyond": {}, "missing": {}, "notebook": figures.notebook_of(figure), "figure": figure,
+        "profile": profile.hash,
     }  # fmt: skip
+    entry = _with_controls(entry, controls, beyond, missing)
     with _alone(profile):
         kept = {key: other for key, other in load(profile).items() if other.get("profile") == profile.hash}
         _write(profile, kept | {claim_id: entry})
     return entry
 
 
-def add_controls(profile: Profile, claim_id: str, controls: Mapping[str, float]) -> None:
-    """Add controls that a later notebook measured to a claim that this study recorded.
+def _with_controls(entry: dict, controls, beyond, missing) -> dict:
+    """An entry with what was measured of controls added to it. Raises ValueError for what is no measurement."""
+    numbers = {name: [x] for name, x in (controls or {}).items()} | {name: x[:3] for name, x in (beyond or {}).items()}
+    for name, found in numbers.items():
+        if not all(map(math.isfinite, found)):
+            raise ValueError(
+                f"{entry['id']}: the control {name!r} is not finite ({found}): say in `missing` why there is none."
+            )
+    of_controls = entry["controls"] | {name: _rounded(x) for name, x in (controls or {}).items()}
+    further = entry["beyond"] | {name: [*map(_rounded, x[:3])] for name, x in (beyond or {}).items()}
+    return entry | {"controls": of_controls, "beyond": further, "missing": entry["missing"] | dict(missing or {})}
+
+
+def add_controls(
+    profile: Profile,
+    claim_id: str,
+    controls: Mapping[str, float] | None = None,
+    beyond: Mapping[str, Estimate] | None = None,
+    missing: Mapping[str, str] | None = None,
+) -> dict:
+    """Add what a later notebook measured of controls to a claim that this study recorded; return the entry. Arguments
+    as of `record`.
 
     Raises KeyError for a claim that it did not record and ValueError for a control that is not finite.
     """
-    if not all(map(math.isfinite, controls.values())):
-        raise ValueError(f"{claim_id}: a control is not finite ({controls}): leave out what could not be measured.")
     with _alone(profile):
         ledger = load(profile)
-        entry = ledger[claim_id]
-        if entry["profile"] != profile.hash:
+        if ledger[claim_id]["profile"] != profile.hash:
             raise KeyError(f"{claim_id} in {figures.folder(profile)} is of another study: run its notebook again.")
-        entry["controls"] |= {name: _rounded(x) for name, x in controls.items()}
+        ledger[claim_id] = _with_controls(ledger[claim_id], controls, beyond, missing)
         _write(profile, ledger)
+    return ledger[claim_id]
 
 
 def load(profile: Profile) -> dict[str, dict]:

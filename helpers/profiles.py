@@ -57,6 +57,7 @@ class Profile(Settings):
     grid: Grid = Grid(learning_rate=(5e-4, 1e-3), stop=(0.25, 0.5, 0.75, 1.0))
     health: Health = Health()
     sizes: Sizes = Sizes()
+    worlds: int = Field(8, ge=2)  # organisms that `make worlds` pretrains
     doses: Annotated[tuple[float, ...], Field(strict=False)] = (
         -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0,
     )  # fmt: skip
