@@ -19,8 +19,8 @@ BUILD := build/$(NAME)
 # What every notebook is run by: code, profiles and predictions.
 HOUSE := $(shell find helpers -name '*.py') $(wildcard profiles/*.toml) predictions.toml
 ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
-SCALING := $(filter %_scaling,$(ALL))
-NOTEBOOKS := $(filter-out $(SCALING),$(ALL))
+WORLDS := $(filter %_worlds,$(ALL))
+NOTEBOOKS := $(filter-out $(WORLDS),$(ALL))
 EXECUTED := $(NOTEBOOKS:%=$(BUILD)/%.ipynb)
 RUN := $(BIN)/python -m tools.headless
 # What passes between notebooks is the ledger alone: some enter claims into it, some read what others entered.
@@ -67,8 +67,9 @@ chromium: ## look for a Chromium for test-browser, and install Debian's where th
 	for as in "" "sudo -n"; do $$as apt-get update -q && $$as apt-get install -q -y chromium && exit; done; \
 	echo "There is no Chromium here, and apt-get cannot install it."; exit 1
 
-.PHONY: scaling
-scaling: $(SCALING:%=$(BUILD)/%.ipynb) ## train organisms of six sizes and compare preferences on them
+.PHONY: worlds
+worlds: ## pretrain eight organisms, train DPO and its controls on each, and measure the claims over them
+	$(MAKE) $(WORLDS:%=build/worlds/%.ipynb) PROFILE=worlds
 
 .PHONY: lab
 lab: $(VENV)/installed ## open JupyterLab in the project's environment
@@ -80,7 +81,8 @@ bench: $(VENV)/installed ## measure extraction, steering and dose sweeps as rati
 
 .PHONY: publish
 publish: figures ## put the executed notebooks' outputs into notebooks/, and renew the README (for committing)
-	$(RUN) --publish $(NOTEBOOKS) $(if $(wildcard $(BUILD)/$(SCALING).ipynb),$(SCALING)) $(CHOICE)
+	$(RUN) --publish $(NOTEBOOKS) $(CHOICE)
+	$(if $(wildcard build/worlds/$(WORLDS).ipynb),$(RUN) --publish $(WORLDS) --profile worlds)
 	$(BIN)/python -m tools.readme
 
 .PHONY: readme

@@ -9,6 +9,7 @@ from pathlib import Path
 from helpers import claims, places
 
 DEFAULT_PROFILE = "atlas"
+WORLDS = "worlds"  # the profile whose ledger is over several worlds
 NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
 PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
 
@@ -18,8 +19,9 @@ def rendered(text: str, root: Path) -> str:
     Raises ValueError for a block whose markers are not there exactly once."""
     folder = root / "figures" / DEFAULT_PROFILE
     ledger = _ledger(folder)
-    ours = f"What the paper leaves open, by predictions of our own:\n\n{scorecard(ledger, claims.OURS)}"
-    blocks = {"answers": answers(folder), "scorecard": f"{scorecard(ledger, claims.CLAIMS)}\n\n{ours}"}
+    ours = f"What the paper leaves open, on the default world:\n\n{scorecard(ledger, claims.OURS)}"
+    of_worlds = ledger | _ledger(root / "figures" / WORLDS)  # claims that were asked of several worlds, by these
+    blocks = {"answers": answers(folder), "scorecard": f"{scorecard(of_worlds, claims.CLAIMS)}\n\n{ours}"}
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
@@ -30,13 +32,25 @@ def rendered(text: str, root: Path) -> str:
 
 def scorecard(ledger: dict[str, dict], asked: Iterable[str]) -> str:
     """A row a claim: what it says in plain words, what was measured, the verdict and what its reader has to know."""
-    lines = ["| Claim | It says | Measured | Verdict |", "|---|---|---|---|"]
+    lines = ["| It says | Measured | Verdict | To know |", "|---|---|---|---|"]
+    verdicts = claims.verdicts(ledger)
     for name in (name for name in asked if name in ledger):
         claim, entry = claims.ALL[name], ledger[name]
-        caveat = claims.filled(claim.caveat, ledger)
-        verdict = f"**{entry['verdict']}**" + (f": {caveat}" if caveat else "")
-        lines.append(_row(name, claim.plain, f"{claim.quantity} {_measured(entry)}", verdict))
+        measured = (
+            f"{claim.quantity} {_measured(entry)}; claimed {_region(entry)}; over {entry.get('varied', 'prompts')}"
+        )
+        lines.append(
+            _row(f"**{name}** {claim.plain}", measured, _verdict(verdicts[name]), claims.filled(claim.caveat, ledger))
+        )
     return "\n".join(lines)
+
+
+def _verdict(found: claims.Verdict) -> str:
+    """The word and, where they were asked, the three parts."""
+    beside = f" beside {found.decided_by}" if found.decided_by else ""
+    parts = {"direction": found.direction, "size": found.size, "specific": f"{found.specific}{beside}"}
+    asked = "; ".join(f"{part} {mark}" for part, mark in parts.items() if mark != claims.NONE)
+    return f"**{found.word}** ({asked})"
 
 
 def answers(folder: Path) -> str:
@@ -62,20 +76,20 @@ def gallery(folder: Path) -> str:
 def claims_table(ledger: dict[str, dict]) -> str:
     """A row a claim: what is claimed, where it is tested, what was measured beside which controls, the verdict."""
     head = _row("Claim", "Statement", "Notebook", "Figure", "Measured", "Predicted", "Verdict")
-    return "\n".join([head, "|---" * 7 + "|", *(_whole(name, entry) for name, entry in ledger.items())])
+    verdicts = claims.verdicts(ledger)
+    rows = [_whole(name, entry, _verdict(verdicts[name])) for name, entry in ledger.items()]
+    return "\n".join([head, "|---" * 7 + "|", *rows])
 
 
-def _whole(name: str, entry: dict) -> str:
+def _whole(name: str, entry: dict, verdict: str) -> str:
     controls = "; ".join(f"{key}: {_number(value)}" for key, value in entry["controls"].items())
     measured = f"{entry['metric']}: **{_measured(entry)}**"
     if len(entry["by_seed"]) > 1:
-        measured += f", seeds {', '.join(map(_number, entry['by_seed']))}"
+        measured += f", each {', '.join(map(_number, entry['by_seed']))}"
     measured += f", n = {entry['n']}" + (f"<br><sub>{controls}</sub>" if controls else "")
-    low, high = entry["prediction"]
-    region = f"{'−∞' if low is None else _number(low)} to {'∞' if high is None else _number(high)}"
     figure = f"[{entry['figure']}]({entry['figure']}.png)"
     claim = f"{name} (§ {entry['section']})"
-    return _row(claim, entry["statement"], _link(entry["notebook"]), figure, measured, region, entry["verdict"])
+    return _row(claim, entry["statement"], _link(entry["notebook"]), figure, measured, _region(entry), verdict)
 
 
 def _figure(name: str, about: dict) -> str:
@@ -100,6 +114,11 @@ def _measured(entry: dict) -> str:
     """The value with its interval, where it has one."""
     interval = f" [{_number(entry['ci_low'])}, {_number(entry['ci_high'])}]"
     return _number(entry["value"]) + (interval if entry["ci_low"] < entry["ci_high"] else "")
+
+
+def _region(entry: dict) -> str:
+    low, high = entry["prediction"]
+    return f"{'−∞' if low is None else _number(low)} to {'∞' if high is None else _number(high)}"
 
 
 def _number(value: float) -> str:
