@@ -25,6 +25,7 @@ YES, NO, UNDECIDED, NONE = "yes", "no", "undecided", "—"  # the marks of a ver
 ALGEBRA, REPRODUCED, UNSPECIFIC = "algebra", "reproduced", "holds, but not shown to be specific to DPO"
 ANOTHER_SIZE, NOT_REPRODUCED = "another size", "not reproduced"
 WORDS = (ALGEBRA, REPRODUCED, UNSPECIFIC, ANOTHER_SIZE, UNDECIDED, NOT_REPRODUCED)
+ASKED = r"\[([CE]\d+) (.+?)\]"  # in a text: the number of a claim's control
 LEVEL = 0.05  # of all claims together (Holm)
 MEASURED = "measured"  # a `no_effect` that `record` is told: what the null gives
 A_LIST = Field(strict=False)  # in TOML, of what is a tuple here
@@ -78,7 +79,7 @@ def predictions(section: str) -> str:
     lines = [f"{i}. {' '.join(text.split())}" for i, text in enumerate(found.predictions, 1)]
     changed = [f"- {change.date}: {change.what} ({change.why})." for change in found.changes]
     since = ["", "**Changed since.**", "", *changed] if changed else []
-    return "\n".join([f"{found.written} ({found.date})", "", *lines, *since])
+    return "\n".join([f"{' '.join(found.written.split())} ({found.date})", "", *lines, *since])
 
 
 def scored(section: str, number: int, holds: bool, text: str) -> str:
@@ -213,12 +214,10 @@ def record(
 ) -> dict:
     """Enter an estimate from n prompts or cases into the profile's claims.json; return the entry.
 
-    figure: the name of the figure that shows it; the notebook that saves it is entered too.
-    null: what the null gives, for a claim whose `no_effect` is MEASURED.
-    beyond: the claim's number less that of each matched control, paired. missing: why a control has none.
-    varied: what the interval is over; training seeds and prompts where it is left out. Entries of another study that
-    was written into the same folder (another model, another seed) are dropped. Raises ValueError for what is no
-    measurement.
+    figure: the one that shows it. null: what the null gives, for a claim whose `no_effect` is MEASURED. beyond: the
+    claim's number less that of each matched control, paired. missing: why a control has none. varied: what the interval
+    is over. Entries of another study that was written into the same folder (another model, another seed) are dropped.
+    Raises ValueError for what is no measurement.
     """
     claim = ALL[claim_id]
     value, low, high = map(_rounded, estimate[:3])
@@ -284,13 +283,15 @@ def load(profile: Profile) -> dict[str, dict]:
 
 
 def filled(text: str, ledger: Mapping[str, dict]) -> str:
-    """A text with each [claim control] as the number that a ledger has of it (`value`: the claim's own); empty where
-    one of them was not measured."""
+    """A text with each [claim control] as the number that a ledger has of it (`value`: the claim's own), without the
+    clauses, between semicolons, in which one was not measured."""
     known = {name: {"value": entry["value"]} | entry["controls"] for name, entry in ledger.items()}
-    asked = re.findall(r"\[([CE]\d+) (.+?)\]", text)
-    if any(control not in known.get(claim, {}) for claim, control in asked):
-        return ""
-    return re.sub(r"\[([CE]\d+) (.+?)\]", lambda found: number(known[found[1]][found[2]]), text)
+
+    def is_known(clause: str) -> bool:
+        return all(control in known.get(claim, {}) for claim, control in re.findall(ASKED, clause))
+
+    kept = "; ".join(clause for clause in text.split("; ") if is_known(clause))
+    return re.sub(ASKED, lambda found: number(known[found[1]][found[2]]), kept)
 
 
 def number(x: float) -> str:

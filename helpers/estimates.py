@@ -59,7 +59,7 @@ def interval(
 
     def means(sample: np.ndarray) -> np.ndarray:
         """(1 + RESAMPLES, seeds)."""
-        return weights @ np.nan_to_num(sample).T / (weights @ ~np.isnan(sample).T)
+        return weights @ np.where(np.isnan(sample), 0, sample).T / (weights @ ~np.isnan(sample).T)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = statistic(*map(means, samples))
@@ -70,11 +70,11 @@ def interval(
 
 def _pigeonholes(n: int, groups: Sequence | None, seed: int = 0) -> np.ndarray:
     """How often each of n prompts counts: once in the first row, then in RESAMPLES resamples, (1 + RESAMPLES, n)."""
-    factors = [
-        np.unique(row, return_inverse=True)[1] for row in np.atleast_2d(np.arange(n) if groups is None else groups)
-    ]
-    if max(member.max() for member in factors) < 1:
-        raise ValueError("An interval needs at least two prompts that differ in wording, got 1.")
+    rows = np.atleast_2d(np.arange(n) if groups is None else groups)
+    levels = max(len(np.unique(row)) for row in rows)
+    if levels < 2:
+        raise ValueError(f"An interval needs at least two prompts that differ in what they share, got {levels}.")
+    factors = [np.unique(row, return_inverse=True)[1] for row in rows]
     return _drawn(tuple(member.tobytes() for member in factors), seed)
 
 

@@ -215,12 +215,16 @@ def prepare(studies: Sequence[Subject], name: str, stages: Stages | None = None)
     missing.sort(key=lambda study: study.has(lambda study: study.chosen.adapter))
     computed = partial(_compute, stages)
     kinds = [(type(study), study.profile) for study in missing]
-    embedded = missing and missing[0].profile.model == profiles.EMBEDDED  # whose base need not be made to be measured
-    if embedded or (missing and architecture.is_small(missing[0].lm.base)):
+    if missing and _is_small(missing[0]):
         parallel.each(computed, kinds, name)
     else:  # one model in memory: a study of its own each, gone with its model when it is done
         for kind in kinds:
             computed(kind)
+
+
+def _is_small(subject: Subject) -> bool:
+    """Whether several models like a study's fit beside each other; an organism need not be made to be measured."""
+    return subject.profile.model == profiles.EMBEDDED or architecture.is_small(subject.lm.base)
 
 
 def _compute(stages: Stages, kind: tuple[type[Subject], Profile]) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from helpers.data.sizes import Sizes
 from helpers.lm import decoding
-from helpers.lm.recipe import Recipe
+from helpers.lm.recipe import Grid, Recipe
 from helpers.profiles import Profile
 from helpers.world.organism import Organism
 
@@ -12,8 +12,9 @@ RECIPE = Recipe(learning_rate=1e-2, epochs=1, batch_size=8, rank=4)
 PROFILE = Profile(
     name="tiny",
     organism=Organism(places=20, corpus=960, vocabulary=300, width=32, layers=2),
-    recipes=(RECIPE,),
-    sizes=Sizes(heldin=24, validation=6, heldout=8, new_tokens=10),
+    recipe=RECIPE,
+    grid=Grid(),
+    sizes=Sizes(heldin=24, validation=6, heldout=8, new_tokens=10, draws=2),
 )
 WIDTH = 32
 SITES = ["resid[0]", "resid[1]", "resid[2]", "final"]
@@ -35,8 +36,8 @@ def logp(model, tokens, shift=0.0) -> float:
 
 
 def decoded(model, prompt, i, shift=0.0) -> list[int]:
-    """The answer to prompt i, sampled by plain forward passes with the noise that is the prompt's own."""
-    noise, ids = decoding.GumbelNoise([i], PROFILE.seed), []
+    """The first answer to prompt i, sampled by plain forward passes with the noise that is the prompt's own."""
+    noise, ids = decoding.GumbelNoise([i], PROFILE.seed, PROFILE.sizes.draws), []
     while len(ids) < PROFILE.sizes.new_tokens:
         scores = (logits(model, prompt + ids)[-1] + shift).float()
         ids.append(noise.added(scores[None], torch.tensor([i]))[0].argmax().item())

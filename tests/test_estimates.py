@@ -50,25 +50,17 @@ def test_an_interval_is_the_sample_s_normal_one_where_that_holds():
     assert found[1:3] == pytest.approx(stats.norm.interval(0.95, sample.mean(), sample.std() / 20), abs=0.05)
 
 
-def bootstrapped(statistic, *samples, seed=0) -> tuple[float, float]:
-    """scipy's own interval of a statistic of the rows themselves, with the same random numbers."""
-    low, high = stats.bootstrap(
-        samples, statistic, paired=True, vectorized=True, n_resamples=estimates.RESAMPLES, batch=200,
-        method="percentile", rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return low, high
-
-
 def test_without_groups_it_is_scipy_s_bootstrap_of_the_prompts():
     rng = np.random.default_rng(5)
-    steered, start, goal = rng.normal(1, 1, 60), rng.normal(0, 1, 60), rng.normal(2, 1, 60)
+    samples = [rng.normal(mean, 1, 60) for mean in (1, 0, 2)]
 
     def share(steered, start, goal, axis):
         return (steered.mean(axis) - start.mean(axis)) / (goal.mean(axis) - start.mean(axis))
 
-    found = estimates.interval(estimates.recovered_share, steered, start, goal, seed=7)
-    assert found.value == pytest.approx(share(steered, start, goal, 0))
-    assert found[1:3] == pytest.approx(bootstrapped(share, steered, start, goal, seed=7))
+    found = estimates.interval(estimates.recovered_share, *samples)
+    scipys = stats.bootstrap(samples, share, paired=True, n_resamples=20_000, method="percentile", rng=rng)
+    assert found.value == pytest.approx(share(*samples, 0))
+    assert found[1:3] == pytest.approx(scipys.confidence_interval, abs=0.04)
 
 
 def test_a_statistic_is_of_means_and_not_a_mean_of_ratios():
@@ -105,9 +97,77 @@ def test_the_interval_of_a_share_resamples_all_its_samples_together():
 
 
 @pytest.mark.parametrize("n, groups, got", [(0, None, 0), (1, None, 1), (5, ["same"] * 5, 1)])
-def test_an_interval_needs_two_prompts_that_differ_in_wording(n, groups, got):
-    with pytest.raises(ValueError, match=f"at least two prompts that differ in wording, got {got}"):
+def test_an_interval_needs_two_prompts_that_differ_in_what_they_share(n, groups, got):
+    with pytest.raises(ValueError, match=f"at least two prompts that differ in what they share, got {got}"):
         estimates.interval(estimates.mean, np.zeros(n), groups=groups)
+
+
+# --- Crossed factors: the pigeonhole bootstrap ---
+
+PLACES, PHRASINGS = np.repeat(np.arange(12), 8), np.tile(np.arange(8), 12)
+
+
+def test_crossed_factors_are_drawn_by_themselves_and_a_value_counts_as_often_as_both_its_levels():
+    """Against loops over resamples and prompts, with the same draws."""
+    sample = np.random.default_rng(1).normal(size=96) + PLACES / 4
+    sample[5] = np.nan
+    found = estimates.interval(estimates.mean, sample, groups=[PLACES, PHRASINGS], seed=3)
+    rng, means = np.random.default_rng(3), []
+    drawn = [rng.multinomial(n, np.full(n, 1 / n), estimates.RESAMPLES) for n in (12, 8)]
+    for places, phrasings in zip(*drawn):
+        total = count = 0.0
+        for value, place, phrasing in zip(sample, PLACES, PHRASINGS):
+            if not np.isnan(value):
+                weight = places[place] * phrasings[phrasing]
+                total, count = total + weight * value, count + weight
+        means.append(total / count)
+    assert found[1:3] == pytest.approx(np.percentile(means, [2.5, 97.5]))
+    assert found.value == pytest.approx(np.nanmean(sample))
+
+
+def test_its_variance_is_that_of_crossed_random_effects_and_somewhat_more():
+    """Var(mean) = s_a^2 / A + s_b^2 / B + s_e^2 / (AB); Owen 2007: it counts the last term up to three times."""
+    rng, errors = np.random.default_rng(0), []
+    a, b, e = 1.0, 0.7, 0.5
+    for seed in range(40):
+        sample = a * rng.normal(size=12)[PLACES] + b * rng.normal(size=8)[PHRASINGS] + e * rng.normal(size=96)
+        _, low, high, _ = estimates.interval(estimates.mean, sample, groups=[PLACES, PHRASINGS], seed=seed)
+        errors.append(((high - low) / 3.92) ** 2)
+    known = a**2 / 12 + b**2 / 8 + e**2 / 96
+    assert 0.75 * known < np.mean(errors) < 1.2 * (known + 2 * e**2 / 96)
+
+
+def test_the_jackknife_over_crossed_factors_adds_their_squared_errors():
+    sample, parts = np.random.default_rng(2).normal(size=96), []
+    for groups in (PLACES, PHRASINGS, [PLACES, PHRASINGS]):
+        found = estimates.jackknife_interval(lambda rows: sample[rows].mean(), groups)
+        parts.append(found.high - found.value)
+    assert parts[2] == pytest.approx(np.hypot(*parts[:2]))
+
+
+# --- Replicates, and many tests ---
+
+
+def test_over_replicates_it_is_student_s_interval():
+    values = [0.2, 0.5, 0.4, 0.9]
+    found = estimates.across(values)
+    expected = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert found[:3] == pytest.approx((0.5, *expected)) and found.by_seed == tuple(values)
+    with pytest.raises(ValueError, match="needs at least two, got 1"):
+        estimates.across([0.5])
+
+
+def test_a_p_value_is_that_of_the_interval_s_own_width():
+    assert Estimate(1.0, 0.0, 2.0).p(0.0) == pytest.approx(0.05)
+    assert Estimate(1.0, 0.5, 1.5).p(1.5) == pytest.approx(0.05) and Estimate(1.0, 0.0, 2.0).p(1.0) == 1
+    assert (Estimate(1.0, 1.0, 1.0).p(0.9), Estimate(1.0, 1.0, 1.0).p(1.0)) == (0, 1)
+
+
+def test_holm_s_adjustment_of_worked_cases():
+    assert estimates.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    assert estimates.holm({"a": 0.9, "b": 0.6}) == {"a": 1.0, "b": 1.0} and estimates.holm({}) == {}
 
 
 # --- Groups: prompts that share a wording ---
@@ -210,7 +270,8 @@ def test_values_that_are_not_there_are_left_out_of_a_mean():
     sample[::7] = np.nan
     found = estimates.interval(estimates.mean, sample, seed=3)
     assert found.value == pytest.approx(np.nanmean(sample))
-    assert found[1:3] == pytest.approx(bootstrapped(np.nanmean, sample, seed=3))
+    there = sample[~np.isnan(sample)]
+    assert found[1:3] == pytest.approx(estimates.interval(estimates.mean, there)[1:3], abs=0.06)
 
 
 def test_a_group_s_weight_is_the_number_of_its_values_that_are_there():

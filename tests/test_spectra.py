@@ -205,3 +205,12 @@ def test_a_coefficient_does_not_depend_on_those_that_are_left_out(found):
 )
 def test_ranks_end_with_the_whole_space(d, expected):
     assert spectra.ranks(d) == expected
+
+
+def test_matched_shifts_have_the_length_of_v_and_its_cosine_to_the_mean_and_are_random_otherwise():
+    v, mean = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    found = spectra.matched_shifts(v, mean, 200, 1)
+    torch.testing.assert_close(found.norm(dim=1), v.double().norm().expand(200))
+    torch.testing.assert_close(spectra.cosines(found, mean), spectra.cosines(v[None], mean).expand(200))
+    across = found - (found @ mean.double())[:, None] * mean.double() / mean.double().square().sum()
+    assert across.mean(0).norm() < 0.15 * across.norm(dim=1).mean()  # 200 directions of no common one

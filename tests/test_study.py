@@ -26,7 +26,7 @@ EYE = torch.eye(2, WIDTH)
 STAGES = {
     "pairs": lambda s: s.pairs,
     "encoded": lambda s: s.encoded("validation"),
-    "wordings": lambda s: s.wordings("heldout").tolist(),
+    "factors": lambda s: s.factors("heldout").tolist(),
     "training pairs": lambda s: s.training_pairs,
     "health": lambda s: [(t.recipe, t.measured, t.failed) for t in s.trials],
     "log": lambda s: s.chosen.log.to_dict(),
@@ -93,12 +93,13 @@ def test_an_unknown_split_is_refused(trained, ask):
         ask(trained, "test")
 
 
-def test_encoded_pairs_and_wordings_are_those_of_the_pairs_in_their_order(trained):
+def test_encoded_pairs_and_factors_are_those_of_the_pairs_in_their_order(trained):
     pairs, both = trained.pairs["heldout"], trained.encoded("heldout")
     for answers, tokens in zip(([p.chosen for p in pairs], [p.rejected for p in pairs]), both):
         assert tokens == [encoding.encode(trained.lm.tokenizer, p.prompt, a) for p, a in zip(pairs, answers)]
-    wordings = trained.wordings("heldout").tolist()
-    assert wordings == [p.prompt.replace(p.question.place, "...") for p in pairs] and len(set(wordings)) > 1
+    places, phrasings = trained.factors("heldout").tolist()
+    assert places == [p.question.place for p in pairs] and trained.varied == "places and phrasings"
+    assert phrasings == [p.prompt.replace(p.question.place, "...") for p in pairs] and len(set(phrasings)) > 1
 
 
 def test_the_roles_are_the_base_and_its_partner(trained, plain):
@@ -195,7 +196,8 @@ def test_answers_are_sampled_in_the_order_of_the_prompts_and_judged(trained, pla
         verdict = trained.task.verdict(pair, row.text)
         assert {name: getattr(row, name) for name in verdict} == verdict
     asked = [pair.prompt for pair in trained.pairs["heldout"]]
-    assert trained.answers_to(asked) == table["text"].tolist()
+    once = Study(PROFILE.changed(sizes=PROFILE.sizes.changed(draws=1))).answers("base", "heldout")
+    assert trained.answers_to(asked) == once["text"].tolist()
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -1,6 +1,7 @@
 """A base and its partners: trained by other recipes, with other seeds, on other preferences, or ready ones."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from peft import PeftModel
 from studied import PROFILE, RECIPE, logits
 from transformers import AutoModelForCausalLM
 
-from helpers import study
+from helpers import study, subject
 from helpers.data import truthfulqa
-from helpers.lm import architecture, training
-from helpers.lm.recipe import Recipe
+from helpers.lm import training
+from helpers.lm.recipe import Grid
 from helpers.stages import artifacts, parallel
 from helpers.stages.artifacts import NotCached
 from helpers.stages.states import states
@@ -38,7 +39,7 @@ def here(monkeypatch):
 
 def test_a_variant_has_the_same_base_and_pairs_and_another_partner(trained):
     other = trained.variant(labels="reversed", rank=2)
-    assert other.profile == PROFILE.changed(recipes=(RECIPE.changed(labels="reversed", rank=2),))
+    assert other.profile == PROFILE.trained_by(RECIPE.changed(labels="reversed", rank=2))
     with artifacts.nothing_made():
         assert (other.source, other.pairs) == (trained.source, trained.pairs)
         kept = [states(study.lm.role("base"), study.encoded("heldin")[0]) for study in (other, trained)]
@@ -67,17 +68,28 @@ def test_the_recipe_of_a_study_of_one_is_known_without_training_and_so_are_its_v
     assert made.about("atlas:belief").variant(seed=3).about(PROFILE.data).profile == made.variant(seed=3).profile
 
 
-def test_a_study_of_several_recipes_takes_the_first_healthy_one(trained, monkeypatch):
-    recipes = (RECIPE.changed(beta=0.5), RECIPE, Recipe())
-    failed = {recipes[0]: ["preferred"], RECIPE: []}
-    made = Study(PROFILE.changed(recipes=recipes))
-    monkeypatch.setattr(Study, "_trial", lambda self, recipe: Tried(recipe, failed[recipe]))
+def test_a_study_of_a_grid_takes_the_healthy_one_that_moves_most_for_each_preference_anew(trained, monkeypatch):
+    made = Study(PROFILE.changed(grid=Grid(beta=(0.5, 1.0, 2.0))))
+    asked = []
+
+    def tried(self, recipe):
+        asked.append((self.profile.data, recipe.beta))
+        return SimpleNamespace(
+            recipe=recipe, failed=["fact_loss"] * (recipe.beta == 2), measured={"preferred": recipe.beta}
+        )
+
+    monkeypatch.setattr(Study, "_trial", tried)
     assert made.recipe == RECIPE and made.variant(seed=1).profile.recipes == (RECIPE.changed(seed=1),)
+    assert made.about("atlas:belief").recipe == RECIPE and len(asked) == 6
 
 
-class Tried:
-    def __init__(self, recipe, failed):
-        self.recipe, self.failed = recipe, failed
+def test_a_partner_at_a_stop_is_of_the_same_run(trained):
+    early, run = trained.variant(stop=0.0), trained.chosen.adapter
+    with artifacts.nothing_made():  # it was kept on the way
+        assert early.chosen.adapter.path == run.path / "stop-0" and early.chosen.adapter.key != run.key
+    assert len(early.chosen.log) == 1 and len(trained.chosen.log) == 3
+    moved = [one.displacements("heldout").norm() for one in (early, trained)]
+    assert 0 < moved[0] < moved[1]
 
 
 @pytest.mark.parametrize("data", ["atlas:refusal", "atlas:tone+belief"])
@@ -107,7 +119,7 @@ def test_a_study_has_stages_once_all_is_there_and_asking_makes_nothing(trained):
     assert not made.has(Study.measure) and set(cache.iterdir()) == before
     made.measure()
     assert made.has(Study.measure) and Study(made.profile).has(Study.measure)
-    (partner,) = cache.glob(f"partner-{made.chosen.adapter.key[:16]}")
+    (partner,) = cache.glob(f"_run-{made.chosen.adapter.key[:16]}")
     partner.rename(cache / "aside")
     assert not Study(made.profile).has(Study.measure)
     (cache / "aside").rename(partner)
@@ -124,7 +136,7 @@ def test_prepare_computes_what_is_missing_and_no_more(trained, monkeypatch):
 
 def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trained, monkeypatch):
     missing = trained.variant(labels="shuffled")
-    monkeypatch.setattr(architecture, "SMALL", 0)
+    monkeypatch.setattr(subject, "_is_small", lambda one: False)
     monkeypatch.setattr(parallel, "each", lambda *_: pytest.fail("several at a time"))
     assert not missing.has(Study.measure)
     study.prepare([trained, missing], "one at a time")

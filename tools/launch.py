@@ -100,15 +100,15 @@ def check(profile: Profile, processes: int, share: int | None) -> None:
     """Raise ValueError, in one sentence, for what cannot be trained by so many processes."""
     if profile.dpo_model:
         raise ValueError(f"The partner of profile {profile.name!r} is a ready one: there is nothing to train.")
-    for batch_size in (recipe.batch_size for recipe in profile.recipes):
-        if batch_size % processes:
-            raise ValueError(
-                f"A recipe's batch of {batch_size} pairs cannot be shared equally by {processes} processes: launch a "
-                "number of processes that divides it, or change batch_size in the profile."
-            )
-        part = batch_size // processes
-        if share is not None and (share < 1 or part % share):
-            raise ValueError(f"--share must divide {part}, a process' part of a batch of {batch_size}; got {share}.")
+    batch_size = profile.recipe.batch_size
+    if batch_size % processes:
+        raise ValueError(
+            f"A recipe's batch of {batch_size} pairs cannot be shared equally by {processes} processes: launch a number "
+            "of processes that divides it, or change batch_size in the profile."
+        )
+    part = batch_size // processes
+    if share is not None and (share < 1 or part % share):
+        raise ValueError(f"--share must divide {part}, a process' part of a batch of {batch_size}; got {share}.")
 
 
 def join(profile: Profile) -> PartialState:

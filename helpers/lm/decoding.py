@@ -64,9 +64,8 @@ def sample(
     """Answer every prompt `draws` times per arm: [arm * draws + draw][prompt] -> token ids, up to and without what ends
     an answer (`encoding.ends`).
 
-    seed: of the samples; None decodes greedily, which is worth one draw.
-    deltas: what each arm adds at `site` (a dose times a direction), (arms, d), or (arms, prompts, d) where every prompt
-    has its own; None is one arm that adds nothing.
+    seed: None decodes greedily, which is worth one draw. deltas: what each arm adds at `site` (a dose times a
+    direction), (arms, d), or (arms, prompts, d) where every prompt has its own; None is one arm that adds nothing.
     span: "response" steers every position that predicts a token of the response, so from the prompt's last token on;
     "prompt" the prompt's own positions alone, the last among them; "all" both. Where memory does not suffice, batches
     are halved. Raises ValueError for an empty prompt or one that leaves no room for the answer, and for deltas of
@@ -78,8 +77,7 @@ def sample(
     each = arms * draws  # answers to a prompt
     answers = [[[]] * len(prompts) for _ in range(each)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    most = min(MAX_ROWS, MAX_LOGITS // architecture.unembedding(model).out_features)
-    step = max(1, most // each)
+    step = max(1, min(MAX_ROWS, MAX_LOGITS // architecture.unembedding(model).out_features) // each)
 
     def compute(chunk: list[int]) -> tuple[list[int], list[list[int]]]:
         chosen = [order[i] for i in chunk]

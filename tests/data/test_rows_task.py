@@ -129,7 +129,7 @@ def test_conversations_survive_being_kept_and_are_tied_by_their_opening(task, ta
     ]  # fmt: skip
     made = task(rows)
     pairs = made.draw(talker, tokenizer).pairs
-    openings = {split: {made.wording(pair) for pair in pairs[split]} for split in SPLITS}
+    openings = {split: {made.levels(pair) for pair in pairs[split]} for split in SPLITS}
     assert not openings["heldin"] & openings["heldout"] and not openings["heldin"] & openings["validation"]
     for pair in pairs["heldin"]:
         assert pair_from(json.loads(json.dumps(asdict(pair)))) == pair

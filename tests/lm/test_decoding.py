@@ -110,6 +110,35 @@ def test_answers_do_not_depend_on_when_ended_rows_leave(model, monkeypatch, site
         assert sample(model, **kwargs) == whole
 
 
+@pytest.mark.parametrize("site", ["final", "resid[1]"])
+def test_draws_of_one_prompt_have_the_model_s_own_distribution(site):
+    """Together and beside another arm, each draw independent of the others."""
+    model, prompt, n = tiny("llama", vocab_size=5), [3, 4, 1], 4000
+    deltas = torch.stack([0 * V, 0.5 * V])
+    both = sample(model, [prompt], 2, site=site, deltas=deltas, draws=n)
+    with steering.added(model, site, 0.5 * V, start=len(prompt) - 1):
+        steered = answer_probabilities(model, prompt)
+    for answers, exact in zip((both[:n], both[n:]), (answer_probabilities(model, prompt), steered)):
+        counts = Counter(tuple(answer[0]) for answer in answers)
+        likely = [a for a, p in exact.items() if p * n >= 5]
+        observed = np.array([counts[a] for a in likely] + [n - sum(counts[a] for a in likely)])
+        expected = n * np.array([exact[a] for a in likely] + [1 - sum(exact[a] for a in likely)])
+        assert stats.chisquare(observed, expected * n / expected.sum()).pvalue > 0.01
+
+
+@pytest.mark.parametrize("site", ["final", "resid[1]"])
+def test_arms_share_the_random_numbers_of_each_draw_and_do_not_depend_on_each_other(llama, site):
+    deltas = torch.stack([0 * V, 0.3 * V])
+    both = sample(llama, site=site, deltas=deltas, draws=4)
+    alone = sample(llama, site=site, deltas=deltas[1:], draws=4)
+    assert both[4:] == alone and both[:4] == sample(llama, draws=4)
+    assert len({str(draw) for draw in both[:4]}) == 4
+
+
+def test_a_greedy_answer_is_one_whatever_the_draws(llama):
+    assert sample(llama, seed=None, draws=1)[0] == sample(llama, seed=None)[0]
+
+
 def said_alone(model, prompt, i, delta, new_tokens, seed) -> list[int]:
     """An answer by plain forward passes of one sequence, without a cache."""
     noise, ids = decoding.GumbelNoise([i], seed), []

@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from helpers import gradients
 from helpers.lm import encoding, likelihoods, loading, training
 from helpers.lm.batches import Tokens
-from helpers.lm.recipe import LABELS, Recipe
+from helpers.lm.recipe import LABELS, STOPS, Recipe
 from helpers.lm.training import TrainingPair
 from helpers.world import atlas
 
@@ -227,6 +227,22 @@ def test_a_recipe_s_seed_is_added_to_the_profile_s(partner, encoded, tmp_path):
         train(base, few, own, seed, tmp_path / name)
     found = {name: bytes_of(tmp_path / name)["adapter_model.safetensors"] for name in runs}
     assert found["3 + 0"] == found["1 + 2"] != found["0 + 0"]
+
+
+def test_the_partner_at_a_stop_is_the_end_of_a_shorter_run(partner, encoded, tmp_path):
+    """A quarter of four epochs is one, and the first stop is one step; each is kept as a partner of its own."""
+    base, adapter, recipe = partner
+    train(base, encoded, recipe.changed(epochs=1), 0, tmp_path)
+    quarter, short = (folder / "adapter_model.safetensors" for folder in (adapter / "stop-0.25", tmp_path))
+    assert quarter.read_bytes() == short.read_bytes()
+    kept = {path.name: load_file(path / "adapter_model.safetensors") for path in sorted(adapter.glob("stop-*"))}
+    assert list(kept) == sorted(recipe.changed(stop=stop).folder for stop in STOPS if stop < 1)
+    moved = [
+        sum(x.norm().item() for name, x in kept[f"stop-{stop:g}"].items() if "lora_B" in name) for stop in STOPS[:-1]
+    ]
+    assert 0 < moved[0] <= moved[1] < moved[-1]
+    gained = margins_gained(base, adapter / "stop-0.5", encoded).mean()
+    assert 0 < gained < margins_gained(base, adapter, encoded).mean()
 
 
 # --- Memory and precision ---

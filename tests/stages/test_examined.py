@@ -7,10 +7,8 @@ from helpers.stages.examined import failed_criteria, is_fluent
 from helpers.stages.health import Health
 
 LIMITS = Health()
-HEALTHY = {"reward_accuracy": 0.95, "preferred": 0.8, "fact_loss": 0.05, "well_formed": 0.97, "perplexity_ratio": 2.0}
-
-
-WORSE = {"reward_accuracy": 0.94, "preferred": 0.79, "fact_loss": 0.06, "well_formed": 0.96, "perplexity_ratio": 2.01}
+HEALTHY = {"preferred": 0.0, "fact_loss": 0.05, "well_formed": 0.97, "perplexity_ratio": 2.0}
+WORSE = {"fact_loss": 0.06, "well_formed": 0.96, "perplexity_ratio": 2.01}
 
 
 @pytest.mark.parametrize("name, value", WORSE.items())
@@ -34,6 +32,5 @@ def test_health_is_measured_on_validation_prompts(trained):
     assert measured["well_formed"] == pytest.approx(dpo["well_formed"].mean())
     lost = trained.answers("base", "validation")["fact"].mean() - dpo["fact"].mean()
     assert measured["fact_loss"] == pytest.approx(lost)
-    assert measured["reward_accuracy"] == pytest.approx((trained.reward_margins("validation") > 0).mean())
     assert trained.chosen.answers["text"].tolist() == dpo["text"].tolist()
     assert trained.chosen.failed == failed_criteria(measured, LIMITS)

@@ -20,24 +20,37 @@ def decoded(monkeypatch):
     """The deltas of each call of `decoding.sample`, which answers by what an arm adds."""
     calls = []
 
-    def sample(model, tokenizer, prompts, new_tokens, seed, site, deltas, span, progress):
+    def sample(model, tokenizer, prompts, new_tokens, seed, site, deltas, span, progress, draws):
         calls.append(deltas)
         arms = [0] if deltas is None else [int(2 * delta.sum()) for delta in deltas]
-        return [[[arm, len(prompt)] for prompt in prompts] for arm in arms]
+        return [[[arm, len(prompt), draw % 2] for prompt in prompts] for arm in arms for draw in range(draws)]
 
     monkeypatch.setattr(decoding, "sample", sample)
     return calls
 
 
-def answers(deltas, new_tokens):
-    return under_arms(ROLE, PROMPTS, new_tokens, 0, "final", deltas, "response")
+def answers(deltas, new_tokens, draws=3):
+    """[arm][draw][prompt] -> token ids."""
+    found = under_arms(ROLE, PROMPTS, new_tokens, 0, draws, "final", deltas, "response")
+    assert [found.first(arm) for arm in range(len(deltas))] == [
+        [found.distinct[i] for i in arm[0]] for arm in found.said
+    ]
+    return [[[found.distinct[i] for i in prompts] for prompts in arm] for arm in found.said]
+
+
+def said(arm, draws=3):
+    return [[[arm, 1, draw % 2], [arm, 2, draw % 2]] for draw in range(draws)]
 
 
 def test_arms_that_add_nothing_are_the_unsteered_answers(decoded):
-    unsteered, plus, minus = ([[arm, 1], [arm, 2]] for arm in (0, 4, -4))
-    assert answers(torch.stack([0 * V, V, 0 * V, -V]), 8) == [unsteered, plus, unsteered, minus]
+    assert answers(torch.stack([0 * V, V, 0 * V, -V]), 8) == [said(0), said(4), said(0), said(-4)]
     assert len(decoded) == 2 and decoded[0] is None and torch.equal(decoded[1], torch.stack([V, -V]))
-    assert answers(torch.zeros(2, 4), 8) == [unsteered, unsteered] and len(decoded) == 2
+    assert answers(torch.zeros(2, 4), 8) == [said(0), said(0)] and len(decoded) == 2
+
+
+def test_what_is_said_more_than_once_is_kept_once(decoded):
+    found = under_arms(ROLE, PROMPTS, 7, 0, 5, "final", V[None], "response")
+    assert len(found.distinct) == 4 and len(found.said[0]) == 5
 
 
 def test_where_every_arm_adds_something_the_unsteered_answers_are_not_asked_for(decoded):

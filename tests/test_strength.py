@@ -1,0 +1,101 @@
+"""Partners along their run: what is read off at equal strength, and what labels decide."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from studied import PROFILE, RECIPE
+
+from helpers import spectra, strength
+from helpers.stages import artifacts
+from helpers.strength import Checkpoint, at, at_equal_kl, curve, label_parts
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained):
+    return Checkpoint(trained.profile)
+
+
+def test_a_number_at_a_strength_is_interpolated_over_its_logarithm_and_none_beyond_the_run():
+    found = pd.DataFrame({"strength": [10.0, 0.1, 1.0], "cosine": [0.4, 1.0, 0.8]})
+    assert at(found, 1.0)["cosine"] == 0.8 and at(found, np.sqrt(10))["cosine"] == pytest.approx(0.6)
+    assert at(found, np.sqrt(0.1))["strength"] == pytest.approx((0.1 + 1) / 2)
+    assert at(found, 10.0)["cosine"] == 0.4
+    assert at(found, 10.1).isna().all() and at(found, 0.09).isna().all()
+
+
+def test_the_parts_of_labels_on_a_linear_model():
+    """One gradient step of DPO moves v by sigma(0) (e_w - e_l), true and reversed labels by opposite signs of it; a shift
+    that labels have no part in, both alike."""
+    of_labels, of_neither = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([0.0, 3.0, 1.0])
+    v = torch.zeros(3, requires_grad=True)
+    moved = []
+    for sign in (1, -1):  # the loss -log sigma(sign <v, e_w - e_l>) - <v, shift> at v = 0
+        loss = -torch.nn.functional.logsigmoid(sign * v @ of_labels) - v @ of_neither
+        moved.append(-torch.autograd.grad(loss, v)[0])
+    pref, blind = label_parts(*moved)
+    torch.testing.assert_close(pref, of_labels / 2)  # sigma(0) = 1/2
+    torch.testing.assert_close(blind, of_neither)
+    torch.testing.assert_close(pref + blind, moved[0])
+
+
+def test_the_share_inside_directions_is_that_of_squared_norms():
+    delta = torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 5.0]])
+    assert strength.inside(delta, torch.eye(3, dtype=torch.float64)[:2]) == pytest.approx(9 / 50)
+    assert strength.held_by(torch.diag(torch.tensor([10.0, 3.0, 1.0]))) == 2  # 100 and 109 of 110
+
+
+def test_a_checkpoint_is_trained_on_all_pairs_and_measured_on_some(checkpoint, trained):
+    assert [len(pairs) for pairs in checkpoint.pairs.values()] == [6, 2, 4]
+    assert checkpoint.pairs["heldout"] == trained.pairs["heldout"][::2]
+    with artifacts.nothing_made():
+        assert checkpoint.chosen.adapter == trained.chosen.adapter
+    torch.testing.assert_close(
+        checkpoint.displacements("heldout"), trained.displacements("heldout")[::2], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_run_s_numbers_are_those_of_its_partners_by_hand(checkpoint):
+    run = [one for one in strength.run(PROFILE, RECIPE) if one.recipe.stop in (0.0, 1.0)]
+    found = curve(run)
+    assert list(found.index) == [0.0, 1.0] and found.loc[0.0, "cosine to the first step"] == pytest.approx(1)
+    first, last = run[0].direction(), checkpoint.direction()
+    expected = torch.nn.functional.cosine_similarity(first, last, dim=0).item()
+    assert found.loc[1.0, "cosine to the first step"] == pytest.approx(expected, abs=1e-5)
+    kl = checkpoint.divergences("base", torch.stack([0 * last, last])).groupby("arm")["kl"].mean()
+    assert found.loc[1.0, "strength"] == pytest.approx(kl[0]) and 0 < found.loc[0.0, "strength"] < kl[0]
+    assert found.loc[1.0, "KL removed"] == pytest.approx(1 - kl[1] / kl[0])
+    delta = checkpoint.displacements("heldout").double()
+    assert found.loc[1.0, "explained"] == pytest.approx(
+        1 - ((delta - last) ** 2).sum().item() / (delta**2).sum().item()
+    )
+    assert found.loc[1.0, "σ2/σ1"] == pytest.approx(spectra.spectrum(delta).ratio)
+    lead = checkpoint.lead("dpo") - checkpoint.lead("base")
+    assert found.loc[1.0, "lead"] == pytest.approx(lead.mean())
+
+
+def test_directions_are_as_long_as_equal_kl_takes(checkpoint):
+    v = checkpoint.direction()
+    directions = torch.stack([v, spectra.random_displacements(torch.ones(1), len(v), 0)[0].float()])
+    found = at_equal_kl(checkpoint, directions)
+    torch.testing.assert_close(found[0], v, atol=0, rtol=1e-3)
+    assert torch.nn.functional.cosine_similarity(found[1], directions[1], dim=0) == pytest.approx(1, abs=1e-5)
+    kl = checkpoint.drift(torch.cat([v[None], found])).groupby("arm")["kl"].mean()
+    assert kl[2] == pytest.approx(kl[0], rel=0.15)
+
+
+@pytest.mark.parametrize("left, dose", [([0.8, 0.6, 0.4, 0.2, 0.0, -0.2, 0, 0], 1.5), ([0.5] * 8, None)])
+def test_the_dose_at_which_dpo_meets_the_base_is_read_between_those_tried(checkpoint, monkeypatch, left, dose):
+    monkeypatch.setattr(Checkpoint, "_by_arm", lambda self, role, deltas: left)
+    monkeypatch.setattr(Checkpoint, "_share", lambda self, role, x: 1 - x)
+    found = checkpoint.meeting_dose()
+    assert found == dose if dose else np.isnan(found)
+    monkeypatch.setattr(Checkpoint, "_by_arm", lambda self, role, deltas: [0.6, -0.2, *[0] * 6])
+    assert checkpoint.meeting_dose() == pytest.approx(0.5 + 0.25 * 0.6 / 0.8)
+
+
+def test_what_is_measured_of_the_studied_partner_alone(checkpoint):
+    found = checkpoint.controls()
+    assert found["greedy, base"] == checkpoint.greedy("base")["preferred"].mean()
+    late = checkpoint.displacements("heldout", "resid[2]")
+    assert found["σ1 share, last block"] == pytest.approx(spectra.spectrum(late).mass(1)[0].item())
