@@ -25,8 +25,8 @@ def test_a_number_at_a_strength_is_interpolated_over_its_logarithm_and_none_beyo
 
 
 def test_the_parts_of_labels_on_a_linear_model():
-    """One gradient step of DPO moves v by sigma(0) (e_w - e_l), true and reversed labels by opposite signs of it; a shift
-    that labels have no part in, both alike."""
+    """One gradient step of DPO moves v by sigma(0) (e_w - e_l), true and reversed labels by opposite signs of it;
+    a shift that labels have no part in, both alike."""
     of_labels, of_neither = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([0.0, 3.0, 1.0])
     v = torch.zeros(3, requires_grad=True)
     moved = []

@@ -103,8 +103,8 @@ def check(profile: Profile, processes: int, share: int | None) -> None:
     batch_size = profile.recipe.batch_size
     if batch_size % processes:
         raise ValueError(
-            f"A recipe's batch of {batch_size} pairs cannot be shared equally by {processes} processes: launch a number "
-            "of processes that divides it, or change batch_size in the profile."
+            f"A recipe's batch of {batch_size} pairs cannot be shared equally by {processes} processes: launch a "
+            "number of processes that divides it, or change batch_size in the profile."
         )
     part = batch_size // processes
     if share is not None and (share < 1 or part % share):
