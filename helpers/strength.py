@@ -121,9 +121,9 @@ class Checkpoint(Study):
         return float("nan")
 
 
-def run(profile: Profile, recipe: Recipe) -> list[Checkpoint]:
-    """The partners at every stop of a recipe's run, from its first step to the end."""
-    return [Checkpoint(profile.trained_by(recipe.changed(stop=stop))) for stop in STOPS]
+def run(profile: Profile, recipe: Recipe, first: float = 0.0) -> list[Checkpoint]:
+    """The partners at every stop of a recipe's run, from the `first` on, by default the first step, to the end."""
+    return [Checkpoint(profile.trained_by(recipe.changed(stop=stop))) for stop in STOPS if stop >= first]
 
 
 def at_equal_kl(one: Study, directions: Tensor) -> Tensor:

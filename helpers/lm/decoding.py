@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from helpers.lm import activations, architecture, batches, encoding, steering
 
-MAX_ROWS = 8192  # answers decoded at once
+MAX_ROWS = 4096  # answers decoded at once
 MAX_LOGITS = 2**26  # logits in memory at once
 MAX_IDLE = 0.25  # share of the branches in the cache that no row continues any more
 SPANS = ("response", "prompt", "all")

@@ -64,8 +64,8 @@ def test_a_notebook_depends_on_those_before_it_whose_claims_it_reads_and_on_noth
     assert edges().get(name, set()) == (before if reads else set())
 
 
-def test_some_notebook_reads_the_ledger_and_scaling_is_not_waited_for():
-    assert any(edges().values()) and not any("scaling" in name for before in edges().values() for name in before)
+def test_some_notebook_reads_the_ledger_and_worlds_are_not_waited_for():
+    assert any(edges().values()) and not any("worlds" in name for before in edges().values() for name in before)
 
 
 # --- What runs when ---
@@ -77,9 +77,9 @@ SOURCES = {  # made-up notebooks, by what they have to do with the ledger
     "02_adding": "claims.record(p, 'C2', e, 1, 'g')\nclaims.add_controls(p, 'C1', {})",
     "03_late": "claims.record(p, 'C3', e, 1, 'h')",
     "04_score": "ledger = claims.load(p)",
-    "10_scaling": "print('sizes')",
+    "10_worlds": "claims.record(p, 'C1', e, 1, 'w')",
 }
-FIGURES = sorted(SOURCES.keys() - {"10_scaling"})  # what `make figures` runs
+FIGURES = sorted(SOURCES.keys() - {"10_worlds"})  # what `make figures` runs
 READ = {"02_adding": {"01_own"}, "04_score": {"01_own", "02_adding", "03_late"}}
 
 
@@ -142,10 +142,10 @@ def test_a_touched_notebook_runs_again_with_its_readers_and_no_other(project, na
     assert ran(project) == []
 
 
-def test_scaling_runs_on_request_and_nothing_else_with_it(project):
-    done = make(project, "scaling")
+def test_worlds_run_on_request_and_nothing_else_with_it(project):
+    done = make(project, "worlds")
     assert done.returncode == 0, done.stderr
-    assert [line.split("|")[0] for line in (project / "calls").read_text().splitlines()] == ["10_scaling"]
+    assert [line.split("|")[0] for line in (project / "calls").read_text().splitlines()] == ["10_worlds"]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_the_tests_run_every_notebook_and_those_that_read_the_ledger_last_and_in
     commands = make(project, "-n", "test").stdout
     *_, together, in_order = re.findall(r"--nbmake --nbmake-timeout=\d+ (.*)", commands)
     names = [re.findall(r"build/test/notebooks/(\w+)\.ipynb", line) for line in (together, in_order)]
-    assert names == [["00_base", "01_own", "03_late", "10_scaling"], ["02_adding", "04_score"]]
+    assert names == [["00_base", "01_own", "03_late", "10_worlds"], ["02_adding", "04_score"]]
     assert "-n 2" in together and "-n" not in in_order
 
 

@@ -21,10 +21,12 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setenv("DSTEER_FIGURES", str(tmp_path / "figures"))
     monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
     monkeypatch.setattr(figures, "notebook_of", lambda figure: "05_spectral_signatures")
-    controls = {"labels shuffled": 0.01, "centred": 0.25}
-    claims.record(ATLAS, "C9", Estimate(-0.5, -0.7, -0.25, (-0.6, -0.4)), 240, "fig4a_entropy", controls)
+    controls, further = {"SFT at equal strength": 0.01, "centred": 0.25}, {"SFT": Estimate(-0.4, -0.5, -0.3)}
+    claims.record(
+        ATLAS, "C9", Estimate(-0.5, -0.7, -0.25, (-0.6, -0.4)), 240, "fig4a_entropy", controls, beyond=further
+    )
     claims.record(ATLAS, "C1", Estimate(2e-16, 2e-16, 2e-16), 6, "fig1b_field")
-    claims.record(ATLAS, "C12", Estimate(-0.3, -0.4, -0.2), 240, "fig02_training")
+    claims.record(ATLAS, "C12", Estimate(-0.9, -1.0, -0.8), 240, "fig02_training")
     claims.record(ATLAS, "E1", Estimate(0.9, 0.85, 1.0), 240, "fig07_families")
     for figure in ("fig4a_entropy", "fig02_training", "fig1b_field"):
         about = {"caption": f"See {figure}.", "notebook": "05_spectral_signatures", "claims": [], "numbers": {}}
@@ -47,8 +49,8 @@ def cells(row):
 def test_every_block_is_written_anew_and_nothing_else_changes(root):
     text = readme.rendered(TEXT, root)
     assert text.startswith("# Title\n") and text.endswith("\nThe end.\n") and "old" not in text
-    names = [cells(row)[0] for row in block(text, "scorecard").splitlines() if row.startswith("| ")]
-    assert names == ["Claim", "C1", "C9", "C12", "Claim", "E1"]
+    names = [cells(row)[0].split()[0] for row in block(text, "scorecard").splitlines() if row.startswith("| ")]
+    assert names == ["It", "**C1**", "**C9**", "**C12**", "It", "**E1**"]
     assert block(text, "answers") == readme.answers(root / "figures" / "atlas")
     assert readme.rendered(text, root) == text
 
@@ -70,15 +72,23 @@ def test_one_prompt_is_answered_by_the_four_models_at_dose_1(root):
     assert [name for name, _ in said] == ["base", r"base + v\*", r"DPO − v\*", "DPO"]
 
 
-def test_a_row_of_the_scorecard_says_what_was_measured_and_the_verdict_with_its_caveat(root):
+def test_a_row_of_the_scorecard_says_what_was_measured_the_verdict_in_its_parts_and_its_caveat(root):
     head, rule, c1, c9, c12 = readme.scorecard(claims.load(ATLAS), claims.CLAIMS).splitlines()
     assert {len(cells(row)) for row in (head, rule, c1, c9, c12)} == {4}
     assert cells(c9) == [
-        "C9", claims.ALL["C9"].plain, "nats -0.50 [-0.70, -0.25]",
-        "**reproduced**: shuffled labels give 0.01; about the mean, DPO changes it by 0.25",
+        f"**C9** {claims.ALL['C9'].plain}",
+        "nats -0.50 [-0.70, -0.25]; claimed −∞ to -1.0e-09; over prompts and 2 training seeds",
+        "**reproduced** (direction yes; size inside; specific yes beside SFT)", "about the mean, DPO changes it by 0.25",
     ]  # fmt: skip
-    assert cells(c1)[2:] == ["error 2.0e-16", "**reproduced**: of single tokens"]
-    assert cells(c12)[3] == "**not reproduced**"  # its control was not measured, so its caveat is left out
+    assert cells(c1)[2:] == ["**algebra** (size inside)", "of single tokens"]
+    assert cells(c12)[2:] == ["**not reproduced** (size outside)", ""]  # what its caveat tells was not measured
+
+
+def test_claims_that_were_asked_of_several_worlds_are_shown_by_these(root):
+    worlds = ATLAS.changed(name="worlds")
+    claims.record(worlds, "C9", Estimate(-0.1, -0.2, -0.05), 960, "fig10_worlds", varied="8 worlds")
+    shown = block(readme.rendered(TEXT, root), "scorecard")
+    assert "nats -0.10 [-0.20, -0.050]; claimed −∞ to -1.0e-09; over 8 worlds" in shown and "**C1**" in shown
 
 
 def test_a_profile_s_page_has_every_claim_with_its_controls(root):
@@ -89,10 +99,10 @@ def test_a_profile_s_page_has_every_claim_with_its_controls(root):
         "C9 (§ 4, Fig. 4a)", claims.ALL["C9"].statement, "[05](../../notebooks/05_spectral_signatures.ipynb)",
         "[fig4a_entropy](fig4a_entropy.png)",
     ]  # fmt: skip
-    measured = "**-0.50 [-0.70, -0.25]**, seeds -0.60, -0.40, n = 240"
-    assert c9[4] == f"{claims.ALL['C9'].metric}: {measured}<br><sub>labels shuffled: 0.010; centred: 0.25</sub>"
-    assert (c9[5], c9[6]) == ("−∞ to -1.0e-09", "reproduced")
-    assert c12[5:] == ["-0.050 to 0.050", "not reproduced"]
+    measured = "**-0.50 [-0.70, -0.25]**, each -0.60, -0.40, n = 240"
+    assert c9[4] == f"{claims.ALL['C9'].metric}: {measured}<br><sub>SFT at equal strength: 0.010; centred: 0.25</sub>"
+    assert c9[5] == "−∞ to -1.0e-09" and c9[6].startswith("**reproduced** (")
+    assert c12[5:] == ["-0.50 to 0.50", "**not reproduced** (size outside)"]
 
 
 def test_a_bar_in_a_statement_does_not_end_its_cell(root):
