@@ -10,7 +10,7 @@ SCORES = ("closer", "sentiment", "refusal", "nontoxic", "geval")  # of answers, 
 
 # Preferences of different structure on one base: {what a figure calls one: its data}. The first asks for the same of
 # every prompt.
-OF_THE_ATLAS = {name: f"{ATLAS}{name}" for name in (*grammar.FAMILIES, "tone+refusal", "refusal+conditional")}
+OF_THE_ATLAS = {name: f"{ATLAS}{name}" for name in (*grammar.FAMILIES, "tone+refusal")}
 OF_STORIES = {"happy": PLAIN, "conditional": CONDITIONAL}
 
 

@@ -62,7 +62,7 @@ def test_the_task_is_the_one_that_the_data_name():
 
 def test_preferences_on_one_base_are_compared_with_each_other():
     assert list(catalogue.compared("atlas:belief", ready_partner=False)) == [
-        "tone", "refusal", "conditional", "belief", "tone+refusal", "refusal+conditional",
+        "tone", "refusal", "conditional", "belief", "tone+refusal",
     ]  # fmt: skip
     stories = catalogue.compared("onpolicy:vader-conditional", ready_partner=False)
     assert stories == {"happy": "onpolicy:vader", "conditional": "onpolicy:vader-conditional"}
