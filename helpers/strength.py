@@ -162,6 +162,12 @@ def at(found: pd.DataFrame, strength: float) -> pd.Series:
     return pd.Series({name: np.interp(np.log(strength), x, by[name]) if reached else np.nan for name in by})
 
 
+def matched(one: pd.DataFrame, other: pd.DataFrame, most: float) -> tuple[pd.Series, pd.Series]:
+    """The numbers of two runs, each its `curve`, at the largest strength that both reach, up to `most`."""
+    strength = min(most, one["strength"].max(), other["strength"].max())
+    return at(one, strength), at(other, strength)
+
+
 def label_parts(v_plus: Tensor, v_minus: Tensor) -> tuple[Tensor, Tensor]:
     """What labels decide of a vector and what they have no part in: v_pref = (v+ - v-) / 2 and v_blind = (v+ + v-) / 2,
     from true and from reversed labels, (d,) each."""
