@@ -16,7 +16,7 @@ from helpers.lm import training
 from helpers.lm.recipe import Grid
 from helpers.stages import artifacts, parallel
 from helpers.stages.artifacts import NotCached
-from helpers.stages.states import states
+from helpers.stages.states import final_states
 from helpers.study import Study
 
 close = torch.testing.assert_close
@@ -42,7 +42,7 @@ def test_a_variant_has_the_same_base_and_pairs_and_another_partner(trained):
     assert other.profile == PROFILE.trained_by(RECIPE.changed(labels="reversed", rank=2))
     with artifacts.nothing_made():
         assert (other.source, other.pairs) == (trained.source, trained.pairs)
-        kept = [states(study.lm.role("base"), study.encoded("heldin")[0]) for study in (other, trained)]
+        kept = [final_states(study.lm.role("base"), study.prompts("heldin")) for study in (other, trained)]
         assert kept[0] == kept[1]
         assert other.answers("base", "heldout").equals(trained.answers("base", "heldout"))
         for ask in (lambda s: s.chosen.adapter, lambda s: s.answers("dpo", "heldout"), lambda s: s.states("heldin")):
