@@ -30,6 +30,7 @@ from helpers.world import grammar
 
 NOTEBOOKS = places.PROJECT / "notebooks"
 DEFAULT_PROFILE = "atlas"
+PUBLISHED = (DEFAULT_PROFILE, "worlds")  # whose pages are committed
 PAPERMILL_TAGS = ("parameters", "injected-parameters")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SHOWN_LINES = 12  # of a failed cell
@@ -199,8 +200,8 @@ def main() -> int:
     given = _arguments()
     try:
         profile = profiles.load(given.profile, given.model, given.data, given.dpo_model)
-        if given.publish and profile != profiles.load(DEFAULT_PROFILE):
-            raise ValueError(f"Only a run of the {DEFAULT_PROFILE} profile as it is can be published.")
+        if given.publish and profile not in map(profiles.load, PUBLISHED):
+            raise ValueError(f"Only a run of the profiles {' and '.join(PUBLISHED)} as they are can be published.")
         folder = places.PROJECT / "build" / Path(given.profile).name.removesuffix(".toml")  # make's name for it
         if given.publish:
             publish(given.names, folder)

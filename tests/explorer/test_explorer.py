@@ -100,7 +100,7 @@ def test_dose_zero_changes_nothing_at_all(e, prompt):
 def test_a_sample_is_the_studys_own_for_the_first_prompt_and_another_with_another_seed(e, trained, prompt):
     at = Setting(prompt, "final", "prompt_last", "v*", 1.0, trained.profile.seed)
     told = {seed: e.view(replace(at, seed=seed)).told["base"].text for seed in range(3)}
-    assert told[trained.profile.seed] == trained.answers("base", "heldout")["text"][0]
+    assert told[trained.profile.seed] == trained.answers_to([prompt])[0]
     assert len(set(told.values())) > 1
 
 

@@ -78,7 +78,8 @@ def test_a_row_of_the_scorecard_says_what_was_measured_the_verdict_in_its_parts_
     assert cells(c9) == [
         f"**C9** {claims.ALL['C9'].plain}",
         "nats -0.50 [-0.70, -0.25]; claimed −∞ to -1.0e-09; over prompts and 2 training seeds",
-        "**reproduced** (direction yes; size inside; specific yes beside SFT)", "about the mean, DPO changes it by 0.25",
+        "**reproduced** (direction yes; size inside; specific yes beside SFT)",
+        "about the mean, DPO changes it by 0.25",
     ]  # fmt: skip
     assert cells(c1)[2:] == ["**algebra** (size inside)", "of single tokens"]
     assert cells(c12)[2:] == ["**not reproduced** (size outside)", ""]  # what its caveat tells was not measured
