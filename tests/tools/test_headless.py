@@ -358,7 +358,7 @@ def test_what_was_changed_after_it_ran_is_not_published(executed, monkeypatch, c
 def test_only_the_default_run_is_published(calls, monkeypatch, tmp_path, capsys, other):
     """The committed notebooks hold no injected parameters."""
     assert main(monkeypatch, "--publish", "00_a", *other) == 2
-    assert "Only a run of the atlas profile" in capsys.readouterr().err
+    assert "Only a run of the profiles atlas and worlds" in capsys.readouterr().err
 
 
 def test_a_kernel_that_dies_is_one_screen_without_a_traceback(monkeypatch, tmp_path, capsys):
