@@ -119,7 +119,7 @@ def test_a_study_has_stages_once_all_is_there_and_asking_makes_nothing(trained):
     assert not made.has(Study.measure) and set(cache.iterdir()) == before
     made.measure()
     assert made.has(Study.measure) and Study(made.profile).has(Study.measure)
-    (partner,) = cache.glob(f"_run-{made.chosen.adapter.key[:16]}")
+    (partner,) = cache.glob(f"run-{made.chosen.adapter.key[:16]}")
     partner.rename(cache / "aside")
     assert not Study(made.profile).has(Study.measure)
     (cache / "aside").rename(partner)

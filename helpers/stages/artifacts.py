@@ -76,7 +76,7 @@ def stage(make: Callable | None = None, *, unkeyed: Collection[str] = (), is_unf
         arguments = {name: value for name, value in bound.arguments.items() if name != "folder"}
         keyed = {name: value for name, value in arguments.items() if name not in unkeyed}
         key = keys.key_of(make, keyed)
-        artifact = _fetched(make.__name__, key, keyed, lambda folder: filled(folder, arguments))
+        artifact = _fetched(make.__name__.lstrip("_"), key, keyed, lambda folder: filled(folder, arguments))
         return artifact if fills_a_folder else _restored(artifact.path)
 
     return fetch

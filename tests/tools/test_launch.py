@@ -124,10 +124,10 @@ def test_a_process_that_fails_ends_the_run_with_a_sentence(study, profile_file, 
     script, other = tmp_path / "failing.py", tmp_path / "other.toml"
     script.write_text(FAILING)
     other.write_text(TINY + RECIPE.format(4))
-    before = {path.name for path in cache.glob("_run-*")}
+    before = {path.name for path in cache.glob("run-*")}
     done = launched(script, "--profile", other)
     assert done.returncode != 0 and "Process 1 stopped: This process was to fail." in done.stderr
-    assert {path.name for path in cache.glob("*_run-*")} == before
+    assert {path.name for path in cache.glob("*run-*")} == before
 
 
 def test_one_process_does_the_same_work(study, profile_file, monkeypatch, capsys):
