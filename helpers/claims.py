@@ -8,7 +8,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Annotated, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ YES, NO, UNDECIDED, NONE = "yes", "no", "undecided", "—"  # the marks of a ver
 ALGEBRA, REPRODUCED, UNSPECIFIC = "algebra", "reproduced", "holds, but not shown to be specific to DPO"
 ANOTHER_SIZE, NOT_REPRODUCED = "another size", "not reproduced"
 WORDS = (ALGEBRA, REPRODUCED, UNSPECIFIC, ANOTHER_SIZE, UNDECIDED, NOT_REPRODUCED)
+TOO_WEAK = "its run never gets as far from the base as DPO is"  # why a control is missing: it does not do as much
 ASKED = r"\[([CE]\d+) (.+?)\]"  # in a text: the number of a claim's control
 LEVEL = 0.05  # of all claims together (Holm)
 MEASURED = "measured"  # a `no_effect` that `record` is told: what the null gives
@@ -137,19 +138,26 @@ def direction(entry: Mapping, p: float) -> str:
 
 
 def strongest(entry: Mapping) -> str:
-    """The matched control that comes nearest to the claim, or beyond it; empty where none could be had."""
-    beyond = entry.get("beyond", {})
-    return min(beyond, key=lambda name: side(entry) * beyond[name][0], default="") if side(entry) else ""
+    """The matched control from which the claim is told the least, by their paired difference in its own error, so that
+    who exceeds it exceeds all; empty where none could be had."""
+
+    def told_by(found: Estimate) -> float:
+        lead, width = side(entry) * found.value, found.high - found.low
+        return lead / width if width else math.copysign(math.inf, lead) if lead else 0.0
+
+    beyond = {name: _estimate(found) for name, found in entry["beyond"].items()} if side(entry) else {}
+    return min(beyond, key=lambda name: told_by(beyond[name]), default="")
 
 
 def specific(entry: Mapping, p: float) -> str:
-    """Whether the claim's number exceeds that of its strongest matched control. p: of no difference, adjusted."""
+    """Whether the claim's number exceeds that of its strongest matched control; undecided where it does, but a control
+    that might be stronger is missing. p: of no difference, adjusted."""
     if not side(entry):
         return NONE
     name = strongest(entry)
-    if not name:
-        return UNDECIDED
-    return YES if p < LEVEL and side(entry) * entry["beyond"][name][0] > 0 else NO
+    if name and not (p < LEVEL and side(entry) * entry["beyond"][name][0] > 0):
+        return NO
+    return YES if name and set(entry["missing"].values()) <= {TOO_WEAK} else UNDECIDED
 
 
 def word(marks: tuple[str, str, str], algebra: bool = False) -> str:
@@ -176,10 +184,9 @@ def verdicts(ledger: Mapping[str, Mapping]) -> dict[str, Verdict]:
 def _verdicts(ledger: Mapping[str, Mapping], family: Mapping[str, Claim]) -> dict[str, Verdict]:
     entries = {name: ledger[name] for name in family if name in ledger}
     asked = {name: entry for name, entry in entries.items() if side(entry)}
-    of_effect = {name: _estimate(entry).p(entry["no_effect"]) for name, entry in asked.items()}
-    of_control = {
-        name: Estimate(*entry["beyond"][strongest(entry)]).p(0) for name, entry in asked.items() if strongest(entry)
-    }
+    of_effect = {name: _estimate(_own(entry)).p(entry["no_effect"]) for name, entry in asked.items()}
+    nearest = {name: strongest(entry) for name, entry in asked.items() if strongest(entry)}
+    of_control = {name: _estimate(asked[name]["beyond"][control]).p(0) for name, control in nearest.items()}
     effect, control = holm(of_effect), holm(of_control)
     found = {}
     for name, entry in entries.items():
@@ -196,8 +203,19 @@ def told(entry: Mapping) -> str:
     return f"{found.word}, taken alone: {parts}"
 
 
-def _estimate(entry: Mapping) -> Estimate:
-    return Estimate(entry["value"], entry["ci_low"], entry["ci_high"])
+def _own(entry: Mapping) -> list[float | None]:
+    """The claim's own number, as the ledger keeps others."""
+    return [entry["value"], entry["ci_low"], entry["ci_high"], entry["df"]]
+
+
+def _estimate(kept: Sequence[float | None]) -> Estimate:
+    *found, df = kept
+    return Estimate(*found, df=math.inf if df is None else df)
+
+
+def _kept(found: Estimate) -> list[float | None]:
+    """Value, low, high and the degrees of freedom, where they are finite: for infinity JSON has no word."""
+    return [*map(_rounded, found[:3]), _rounded(found.df) if math.isfinite(found.df) else None]
 
 
 def record(
@@ -220,7 +238,7 @@ def record(
     Raises ValueError for what is no measurement.
     """
     claim = ALL[claim_id]
-    value, low, high = map(_rounded, estimate[:3])
+    value, low, high, df = _kept(estimate)
     by_seed = [*map(_rounded, estimate.by_seed)] or [value]
     if not all(map(math.isfinite, (value, low, high))) or not low <= value <= high:
         raise ValueError(f"{claim_id}: ({value}, {low}, {high}) is not a finite value within its interval.")
@@ -231,7 +249,7 @@ def record(
         "id": claim_id, "section": claim.section, "statement": claim.statement, "metric": claim.metric,
         "prediction": [None if math.isinf(end) else end for end in claim.region], "origin": claim.origin,
         "no_effect": claim.no_effect if null is None else _rounded(null), "value": value, "ci_low": low,
-        "ci_high": high, "n": n, "varied": varied or f"prompts and {seeds}", "by_seed": by_seed,
+        "ci_high": high, "df": df, "n": n, "varied": varied or f"prompts and {seeds}", "by_seed": by_seed,
         "controls": {}, "beyond": {}, "missing": {}, "notebook": figures.notebook_of(figure), "figure": figure,
         "profile": profile.hash,
     }  # fmt: skip
@@ -251,7 +269,7 @@ def _with_controls(entry: dict, controls, beyond, missing) -> dict:
                 f"{entry['id']}: the control {name!r} is not finite ({found}): say in `missing` why there is none."
             )
     of_controls = entry["controls"] | {name: _rounded(x) for name, x in (controls or {}).items()}
-    further = entry["beyond"] | {name: [*map(_rounded, x[:3])] for name, x in (beyond or {}).items()}
+    further = entry["beyond"] | {name: _kept(x) for name, x in (beyond or {}).items()}
     return entry | {"controls": of_controls, "beyond": further, "missing": entry["missing"] | dict(missing or {})}
 
 

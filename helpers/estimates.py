@@ -1,5 +1,6 @@
 """Means, shares and their intervals: how sure we are of what was measured."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,23 +15,27 @@ REACHED = 0.8  # of the way: what a direction count must recover to be called en
 
 
 class Estimate(NamedTuple):
-    """A number, its 95 % interval and, where several training seeds were measured, its value for each of them."""
+    """A number, its 95 % interval and, where several training seeds were measured, its value for each of them.
+
+    df: degrees of freedom of the error that the interval's width tells, infinite where it is as good as known.
+    """
 
     value: float
     low: float
     high: float
     by_seed: tuple[float, ...] = ()
+    df: float = math.inf
 
     def clipped(self, low: float, high: float) -> "Estimate":
         """The same with its interval cut to the values that there are."""
         return self._replace(low=max(self.low, low), high=min(self.high, high))
 
     def p(self, no_effect: float) -> float:
-        """The two-sided p-value of a value that would mean no effect, by a normal of the interval's own width."""
-        error = (self.high - self.low) / (2 * stats.norm.ppf(0.975))
+        """The two-sided p-value of a value that would mean no effect, by Student's t of the interval's own width."""
+        error = (self.high - self.low) / (2 * stats.t.ppf(0.975, self.df))
         if error == 0:
             return float(self.value == no_effect)
-        return float(2 * stats.norm.sf(abs(self.value - no_effect) / error))
+        return float(2 * stats.t.sf(abs(self.value - no_effect) / error, self.df))
 
     def __format__(self, spec: str) -> str:
         """The value and its interval, each by `spec`: f"{estimate:.3f}" is "0.123 [0.100, 0.150]"."""
@@ -89,13 +94,16 @@ def _drawn(factors: tuple[bytes, ...], seed: int) -> np.ndarray:
 
 def _over_seeds(by_seed: np.ndarray, below: float, above: float) -> Estimate:
     """The mean over training seeds. Its interval adds to what the prompts leave open, `below` and `above` the value,
-    what the seeds do: the half-width of their t interval, in quadrature, since three are too few to be drawn from."""
+    what the seeds do: the half-width of their t interval, in quadrature, since three are too few to be drawn from. Its
+    degrees of freedom are those of both (Satterthwaite)."""
     value, n = float(by_seed.mean()), len(by_seed)
     if n == 1:
         return Estimate(value, value - float(below), value + float(above))
-    of_seeds = stats.t.ppf(0.975, n - 1) * by_seed.std(ddof=1) / np.sqrt(n)
+    error = by_seed.std(ddof=1) / np.sqrt(n)
+    of_seeds, of_prompts = stats.t.ppf(0.975, n - 1) * error, (below + above) / (2 * stats.norm.ppf(0.975))
     low, high = value - np.hypot(below, of_seeds), value + np.hypot(above, of_seeds)
-    return Estimate(value, float(low), float(high), tuple(by_seed.tolist()))
+    df = (n - 1) * (1 + (of_prompts / error) ** 2) ** 2 if error else math.inf
+    return Estimate(value, float(low), float(high), tuple(by_seed.tolist()), float(df))
 
 
 def share_interval(sample: np.ndarray) -> Estimate:
@@ -212,7 +220,7 @@ def independent_difference(one: Estimate, other: Estimate) -> Estimate:
     value = one.value - other.value
     low = value - np.hypot(one.value - one.low, other.high - other.value)
     high = value + np.hypot(one.high - one.value, other.value - other.low)
-    return Estimate(value, low, high, tuple(np.subtract(one.by_seed, other.by_seed)))
+    return Estimate(value, low, high, tuple(np.subtract(one.by_seed, other.by_seed)), min(one.df, other.df))
 
 
 def by_prompt(table: pd.DataFrame, column: str, **where) -> np.ndarray:

@@ -80,23 +80,29 @@ class Checkpoint(Study):
         return {"lead": (self.lead("dpo") - self.lead("base")).mean(), "facts stated": stated[0] - stated[1]}
 
     def controls(self) -> dict[str, float]:
-        """What is measured of the partner that is studied alone: what random directions do at equal KL, the dose at
-        which it meets the base, what greedy answers say, and the last block."""
+        """What is measured of the partner that is studied alone: what random directions do at equal KL and random
+        displacements give, the dose at which it meets the base, what greedy answers say, and the last block."""
+        late = self.displacements("heldout", self.lm.sites[-2])
+        of_base = self.states("heldout")["base", self.lm.sites[-2], "prompt_last"]
+        lasts = {"": late, ", base": of_base, ", random": self._at_random(late)}
+        found = self._by_chance() | {"λ*": self.meeting_dose()}
+        found |= {f"greedy, {name}": self.greedy(*arm)["preferred"].mean() for name, arm in GREEDY.items()}
+        return found | {f"σ1 share, last block{of}": spectra.spectrum(h).mass(1)[0].item() for of, h in lasts.items()}
+
+    def _by_chance(self) -> dict[str, float]:
+        """What random directions do at the KL of v*, and what displacements of DPO's lengths give at `final`."""
         random = at_equal_kl(self, spectra.random_displacements(torch.ones(RANDOM), len(self.direction()), 1).float())
-        last = self.states("heldout")
-        late = last["dpo", self.lm.sites[-2], "prompt_last"] - last["base", self.lm.sites[-2], "prompt_last"]
-        largest = {
-            name: max(self._share(role, x) for x in self._by_arm(role, sign * random))
-            for name, role, sign in (("recovered", "base", 1), ("restored", "dpo", -1))
-        }
-        return {f"{name}, largest random": share for name, share in largest.items()} | {
-            "λ*": self.meeting_dose(),
-            **{f"greedy, {name}": self.greedy(*arm)["preferred"].mean() for name, arm in GREEDY.items()},
-            "σ1 share, last block": spectra.spectrum(late).mass(1)[0].item(),
-            "σ1 share, last block, base": spectra.spectrum(last["base", self.lm.sites[-2], "prompt_last"])
-            .mass(1)[0]
-            .item(),
-        }
+        delta, V = self._at_random(self.displacements("heldout")), self.token_vectors()
+        found = {"σ2/σ1, random": spectra.spectrum(delta).ratio}
+        found["inside V, random"] = inside(delta, spectra.spectrum(V).directions[: held_by(V)])
+        for name, role, sign in (("recovered", "base", 1), ("restored", "dpo", -1)):
+            shares = [self._share(role, x) for x in self._by_arm(role, sign * random)]
+            found |= {f"{name}, random": float(np.mean(shares)), f"{name}, largest random": max(shares)}
+        return found
+
+    def _at_random(self, delta: Tensor) -> Tensor:
+        """Displacements in random directions, each as long as one of `delta`, (N, d)."""
+        return spectra.random_displacements(delta.norm(dim=1), delta.shape[1], self.profile.seed)
 
     def _by_arm(self, role: str, deltas: Tensor) -> list[np.ndarray]:
         """The preferred behaviour of a model with each of `deltas`, (arms, d), added at `final`: (N,) each."""
@@ -159,12 +165,15 @@ def at(found: pd.DataFrame, strength: float) -> pd.Series:
     not reach it. At equal strength partners are compared by what they do, not by how far they were trained."""
     by = found.sort_values("strength")
     x, reached = np.log(by["strength"]), by["strength"].min() <= strength <= by["strength"].max()
-    return pd.Series({name: np.interp(np.log(strength), x, by[name]) if reached else np.nan for name in by})
+    found = {name: np.interp(np.log(strength), x, by[name]) if reached else np.nan for name in by}
+    return pd.Series(found | ({"strength": strength} if reached else {}))
 
 
 def matched(one: pd.DataFrame, other: pd.DataFrame, most: float) -> tuple[pd.Series, pd.Series]:
-    """The numbers of two runs, each its `curve`, at the largest strength that both reach, up to `most`."""
-    strength = min(most, one["strength"].max(), other["strength"].max())
+    """The numbers of two runs, each its `curve`, at the largest strength that both reach, up to `most`; nan where one
+    of them is stronger all along than the other ever is."""
+    largest = min(most, one["strength"].max(), other["strength"].max())
+    strength = largest if largest >= max(one["strength"].min(), other["strength"].min()) else np.nan
     return at(one, strength), at(other, strength)
 
 

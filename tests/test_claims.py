@@ -18,12 +18,13 @@ LEDGERS = sorted((places.PROJECT / "figures").glob("*/claims.json"))
 ENTRIES = [(path.parent.name, name) for path in LEDGERS for name in json.loads(path.read_text())]
 
 
-def entry(interval=(0.9, 1.1), region=(0.8, 1.2), no_effect=0.0, value=None, beyond=None, name="C6"):
+def entry(interval=(0.9, 1.1), region=(0.8, 1.2), no_effect=0.0, value=None, beyond=None, name="C6", missing=None):
     """A made-up entry of the ledger."""
     low, high = interval
     return {
         "id": name, "prediction": [None if math.isinf(end) else end for end in region], "no_effect": no_effect,
-        "value": (low + high) / 2 if value is None else value, "ci_low": low, "ci_high": high, "beyond": beyond or {},
+        "value": (low + high) / 2 if value is None else value, "ci_low": low, "ci_high": high, "df": None,
+        "beyond": {control: [*found, None] for control, found in (beyond or {}).items()}, "missing": missing or {},
     }  # fmt: skip
 
 
@@ -45,7 +46,23 @@ AHEAD, LEVEL, BEHIND = [0.5, 0.3, 0.7], [0.1, -0.1, 0.3], [-0.5, -0.7, -0.3]  # 
             ("yes", "inside", "no"),
             claims.UNSPECIFIC,
         ),  # the nearest decides
+        (
+            {"beyond": {"SFT": [0.2, 0.1, 0.3], "random": [0.4, -0.1, 0.9]}},
+            ("yes", "inside", "no"),
+            claims.UNSPECIFIC,
+        ),  # farther off, but not told from it: not all are exceeded
         ({}, ("yes", "inside", "undecided"), "undecided"),  # no control
+        (
+            {"beyond": {"random": AHEAD}, "missing": {"SFT": "none can be trained"}},
+            ("yes", "inside", "undecided"),
+            "undecided",
+        ),
+        ({"beyond": {"random": LEVEL}, "missing": {"SFT": "none"}}, ("yes", "inside", "no"), claims.UNSPECIFIC),
+        (
+            {"beyond": {"random": AHEAD}, "missing": {"shuffled": claims.TOO_WEAK}},
+            ("yes", "inside", "yes"),
+            "reproduced",
+        ),
         ({"interval": (0.3, 0.5), "beyond": {"SFT": AHEAD}}, ("yes", "outside", "yes"), "another size"),
         ({"interval": (1.5, 1.9)}, ("yes", "outside", "undecided"), "another size"),
         ({"interval": (0.7, 0.9), "beyond": {"SFT": AHEAD}}, ("yes", "across", "yes"), "undecided"),
@@ -132,7 +149,7 @@ def test_every_claim_can_hold_and_can_fail(name):
     def word(interval):
         one = entry(interval, about.region, no_effect, name=name)
         side = claims.side(one)
-        return claims.verdicts({name: one | {"beyond": {"SFT": [side, side - 0.1, side + 0.1]}}})[name].word
+        return claims.verdicts({name: one | {"beyond": {"SFT": [side, side - 0.1, side + 0.1, None]}}})[name].word
 
     inside = [end for end in about.region if math.isfinite(end)]
     assert word((inside[0], inside[-1])) in ("reproduced", "algebra")
@@ -186,10 +203,20 @@ def test_what_is_recorded_is_what_was_measured(figures_folder):
     assert (entry["value"], entry["ci_low"], entry["ci_high"], entry["n"]) == (0.95, 0.9, 0.97, 7)
     assert (entry["statement"], entry["prediction"]) == (about.statement, list(about.region))
     assert (entry["by_seed"], entry["controls"]) == ([0.95], {"random": 0.333333})
-    assert (entry["beyond"], entry["varied"]) == ({"SFT": [0.1, 0.05, 0.15]}, "prompts and a training seed")
+    assert (entry["beyond"], entry["varied"]) == ({"SFT": [0.1, 0.05, 0.15, None]}, "prompts and a training seed")
     assert (entry["notebook"], entry["figure"]) == ("03_x", "fig3")
     assert json.loads((figures_folder / "atlas" / "claims.json").read_text()) == {"C5": entry}
     assert claims.load(ATLAS) == {"C5": entry}
+
+
+def test_degrees_of_freedom_are_kept_and_decide_how_much_an_interval_proves(figures_folder):
+    """The same intervals, from few worlds and from many prompts: beyond 95 % a t of two has fatter tails."""
+    beyond = {"SFT": Estimate(0.2, 0.05, 0.35)}
+    normal = {name: record(name, Estimate(0.9, 0.8, 1.0), beyond=beyond) for name in ("C3", "C4", "C5")}
+    few = {"SFT": beyond["SFT"]._replace(df=2)}
+    of_few = {name: record(name, Estimate(0.9, 0.8, 1.0, df=2), beyond=few) for name in ("C3", "C4", "C5")}
+    assert (of_few["C5"]["df"], of_few["C5"]["beyond"]["SFT"][3], normal["C5"]["df"]) == (2, 2, None)
+    assert claims.verdicts(normal)["C5"].specific == "yes" and claims.verdicts(of_few)["C5"].specific == "no"
 
 
 def test_each_seed_s_value_is_kept_and_what_was_varied_is_said(figures_folder):
@@ -206,7 +233,7 @@ def test_later_controls_join_those_of_a_claim_and_change_nothing_else(figures_fo
     added = claims.add_controls(ATLAS, "C5", {"random": 2 / 3, "new": -1.0}, further, why)
     after = claims.load(ATLAS)
     assert after["C5"] == added and after["C5"].pop("controls") == {"random": 0.666667, "old": 2.0, "new": -1.0}
-    assert (after["C5"].pop("beyond"), after["C5"].pop("missing")) == ({"SFT": [0.2, 0.1, 0.3]}, why)
+    assert (after["C5"].pop("beyond"), after["C5"].pop("missing")) == ({"SFT": [0.2, 0.1, 0.3, None]}, why)
     for name in ("controls", "beyond", "missing"):
         before["C5"].pop(name)
     assert after == before and list(after) == ["C4", "C5"]

@@ -69,7 +69,7 @@ def test_a_statistic_is_of_means_and_not_a_mean_of_ratios():
 
 
 def test_an_interval_of_equal_values_is_a_point_and_pairs_stay_paired():
-    assert estimates.interval(estimates.mean, np.full(9, 0.5)) == (0.5, 0.5, 0.5, ())
+    assert estimates.interval(estimates.mean, np.full(9, 0.5)) == Estimate(0.5, 0.5, 0.5)
     a = np.random.default_rng(0).normal(size=50)
     assert estimates.interval(estimates.difference, a + 1, a)[:3] == pytest.approx((1, 1, 1))
 
@@ -84,7 +84,7 @@ def test_an_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
-        _, low, high, _ = estimates.interval(estimates.mean, rng.exponential(size=80))
+        _, low, high, *_ = estimates.interval(estimates.mean, rng.exponential(size=80))
         covered += low <= 1 <= high
     assert 0.88 <= covered / 200 <= 0.98
 
@@ -131,7 +131,7 @@ def test_its_variance_is_that_of_crossed_random_effects_and_somewhat_more():
     a, b, e = 1.0, 0.7, 0.5
     for seed in range(40):
         sample = a * rng.normal(size=12)[PLACES] + b * rng.normal(size=8)[PHRASINGS] + e * rng.normal(size=96)
-        _, low, high, _ = estimates.interval(estimates.mean, sample, groups=[PLACES, PHRASINGS], seed=seed)
+        _, low, high, *_ = estimates.interval(estimates.mean, sample, groups=[PLACES, PHRASINGS], seed=seed)
         errors.append(((high - low) / 3.92) ** 2)
     known = a**2 / 12 + b**2 / 8 + e**2 / 96
     assert 0.75 * known < np.mean(errors) < 1.2 * (known + 2 * e**2 / 96)
@@ -161,6 +161,22 @@ def test_a_p_value_is_that_of_the_interval_s_own_width():
     assert Estimate(1.0, 0.0, 2.0).p(0.0) == pytest.approx(0.05)
     assert Estimate(1.0, 0.5, 1.5).p(1.5) == pytest.approx(0.05) and Estimate(1.0, 0.0, 2.0).p(1.0) == 1
     assert (Estimate(1.0, 1.0, 1.0).p(0.9), Estimate(1.0, 1.0, 1.0).p(1.0)) == (0, 1)
+
+
+def test_a_p_value_over_replicates_is_that_of_a_t_test():
+    values = np.random.default_rng(0).normal(0.4, 0.5, 8)
+    assert estimates.across(values).p(0) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+
+
+def test_degrees_of_freedom_are_those_of_seeds_alone_and_grow_with_what_prompts_leave_open():
+    """Satterthwaite's, of two variances of which one is known: (a + b)^2 / (a^2 / (n - 1))."""
+    by_seed = np.array([[0.2], [0.5], [0.9]])
+    assert estimates.across(by_seed[:, 0]).df == pytest.approx(2)
+    sample = by_seed + np.random.default_rng(0).normal(0, 1, 50)
+    found = estimates.interval(estimates.mean, sample)
+    of_seeds, of_prompts = np.var(sample.mean(1), ddof=1) / 3, sample[0].var() / 50
+    assert found.df == pytest.approx((of_seeds + of_prompts) ** 2 / (of_seeds**2 / 2), rel=0.1)
+    assert estimates.interval(estimates.mean, sample[0]).df == np.inf
 
 
 def test_holm_s_adjustment_of_worked_cases():
@@ -206,7 +222,7 @@ def test_with_groups_it_covers_where_prompts_of_a_wording_resemble_each_other():
     for _ in range(150):
         sample = rng.normal(size=40)[groups] + rng.normal(size=len(groups))
         for i, given in enumerate((groups, None)):
-            _, low, high, _ = estimates.interval(estimates.mean, sample, groups=given)
+            _, low, high, *_ = estimates.interval(estimates.mean, sample, groups=given)
             covered[i] += low <= 0 <= high
     assert 0.88 <= covered[0] / 150 <= 0.98
     assert covered[1] / 150 < 0.8
@@ -248,7 +264,7 @@ def test_what_prompts_and_what_seeds_leave_open_add_in_quadrature():
     samples = rng.exponential(size=(3, 40)) + rng.exponential(size=40) + np.array([[0.0], [0.1], [0.4]])
     groups = np.repeat(np.arange(10), 4)
     found = estimates.interval(estimates.mean, samples, groups=groups)
-    value, low, high, _ = estimates.interval(estimates.mean, samples.mean(0), groups=groups)
+    value, low, high, *_ = estimates.interval(estimates.mean, samples.mean(0), groups=groups)
     half = of_seeds(samples.mean(1))
     assert found.low == pytest.approx(value - np.hypot(value - low, half))
     assert found.high == pytest.approx(value + np.hypot(high - value, half))
@@ -314,7 +330,7 @@ def test_a_share_over_seeds_is_their_mean_for_as_many_prompts_as_there_are():
 @pytest.mark.parametrize("ones", [(1, 0, 0), (49, 50, 50), (7, 8, 8), (50, 50, 50)])
 def test_a_share_lies_in_its_interval_where_the_mean_count_is_no_whole_number(ones):
     """What the prompts leave open is that of the whole number below or above, or between."""
-    value, low, high, by_seed = estimates.share_interval(np.arange(50) < np.array(ones)[:, None])
+    value, low, high, by_seed, _ = estimates.share_interval(np.arange(50) < np.array(ones)[:, None])
     assert value == pytest.approx(sum(ones) / 150) and low <= value <= high
     near = [wilson(k / 50, 50) for k in (sum(ones) // 3, -(-sum(ones) // 3))]
     for end, found in enumerate((low, high)):
@@ -330,8 +346,8 @@ def test_a_share_over_seeds_has_no_interval_beyond_0_and_1():
 
 
 def test_an_estimate_is_cut_to_the_values_that_there_are():
-    assert Estimate(0.9, 0.7, 1.2, (0.8, 1.0)).clipped(0, 1) == (0.9, 0.7, 1, (0.8, 1.0))
-    assert Estimate(0.1, -0.2, 0.3).clipped(0, 1) == (0.1, 0, 0.3, ())
+    assert Estimate(0.9, 0.7, 1.2, (0.8, 1.0)).clipped(0, 1) == Estimate(0.9, 0.7, 1, (0.8, 1.0))
+    assert Estimate(0.1, -0.2, 0.3).clipped(0, 1) == Estimate(0.1, 0, 0.3)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -448,7 +464,8 @@ def test_where_nothing_moved_the_share_is_bounded_by_wilson_s_interval_for_none_
 def test_a_difference_of_independent_estimates_adds_their_half_widths_in_quadrature():
     one, other = Estimate(5.0, 2.0, 9.0, (4.0, 6.0)), Estimate(1.0, 0.0, 5.0, (0.5, 1.5))
     found = estimates.independent_difference(one, other)
-    assert found == (4.0, 4 - 5.0, 4 + np.hypot(4, 1), (3.5, 4.5))
+    assert found == Estimate(4.0, 4 - 5.0, 4 + np.hypot(4, 1), (3.5, 4.5))
+    assert estimates.independent_difference(one._replace(df=2), other).df == 2
 
 
 def test_values_are_those_of_the_rows_asked_for_in_the_order_of_prompts():

@@ -8,7 +8,7 @@ from studied import PROFILE, RECIPE
 
 from helpers import spectra, strength
 from helpers.stages import artifacts
-from helpers.strength import Checkpoint, at, at_equal_kl, curve, label_parts
+from helpers.strength import Checkpoint, at, at_equal_kl, curve, label_parts, matched
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,21 @@ def checkpoint(trained):
 def test_a_number_at_a_strength_is_interpolated_over_its_logarithm_and_none_beyond_the_run():
     found = pd.DataFrame({"strength": [10.0, 0.1, 1.0], "cosine": [0.4, 1.0, 0.8]})
     assert at(found, 1.0)["cosine"] == 0.8 and at(found, np.sqrt(10))["cosine"] == pytest.approx(0.6)
-    assert at(found, np.sqrt(0.1))["strength"] == pytest.approx((0.1 + 1) / 2)
+    assert at(found, np.sqrt(0.1))["strength"] == np.sqrt(0.1)
     assert at(found, 10.0)["cosine"] == 0.4
     assert at(found, 10.1).isna().all() and at(found, 0.09).isna().all()
+
+
+def test_runs_are_matched_at_the_largest_strength_that_both_reach_or_not_at_all():
+    strong = pd.DataFrame({"strength": [1.0, 4.0], "cosine": [0.9, 0.5]})
+    weak = pd.DataFrame({"strength": [0.5, 2.0], "cosine": [1.0, 0.8]})
+    one, other = matched(strong, weak, 3.0)
+    assert (one["strength"], other["strength"]) == (2, 2) and (one["cosine"], other["cosine"]) == pytest.approx(
+        (0.7, 0.8)
+    )
+    assert matched(strong, weak, 1.0)[0]["cosine"] == 0.9
+    for one, other in ((strong, weak / 10), (weak / 10, strong)):
+        assert all(found.isna().all() for found in matched(one, other, 3.0))
 
 
 def test_the_parts_of_labels_on_a_linear_model():
@@ -99,3 +111,7 @@ def test_what_is_measured_of_the_studied_partner_alone(checkpoint):
     assert found["greedy, base"] == checkpoint.greedy("base")["preferred"].mean()
     late = checkpoint.displacements("heldout", "resid[2]")
     assert found["σ1 share, last block"] == pytest.approx(spectra.spectrum(late).mass(1)[0].item())
+    assert found["σ1 share, last block, random"] < found["σ1 share, last block"]
+    k = strength.held_by(checkpoint.token_vectors())
+    assert found["inside V, random"] == pytest.approx(k / len(checkpoint.direction()), abs=0.15)
+    assert found["σ2/σ1, random"] > checkpoint.numbers()["σ2/σ1"]
