@@ -191,6 +191,11 @@ def recovered_share(steered: np.ndarray, start: np.ndarray, goal: np.ndarray) ->
         return np.where(way == 0, np.nan, (steered - start) / way)
 
 
+def further_on(own: np.ndarray, other: np.ndarray, start: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """How much more of the way from start to goal, of means, one steered model goes than another."""
+    return recovered_share(own, start, goal) - recovered_share(other, start, goal)
+
+
 def removed_share(remaining: np.ndarray, total: np.ndarray) -> np.ndarray:
     """1 - remaining / total, of means: the share of KL(dpo || base) that a change to the base removes, or the share of
     squared displacement that a vector explains."""

@@ -529,3 +529,12 @@ def test_resamples_of_the_dimension_are_of_groups_and_of_seeds():
 def test_a_dimension_names_what_nine_in_ten_resamples_are_among_the_likeliest_first():
     resampled = np.array([2.0] * 60 + [np.nan] * 35 + [4.0] * 5)
     assert str(estimates.Dimension(2.0, resampled)) == "2 (60%), none (35%)"
+
+
+def test_how_much_further_one_goes_is_the_difference_of_their_shares_of_the_way():
+    ends, steered, groups = two_ends()
+    start, goal = ends["base"], ends["dpo"]
+    found = estimates.interval(estimates.further_on, steered, start, start, goal, groups=groups)
+    alone = estimates.share_of_the_way("base", steered, ends, groups)
+    assert found[:3] == pytest.approx(alone[:3])  # the other goes nowhere
+    assert estimates.interval(estimates.further_on, steered, steered, start, goal, groups=groups)[:3] == (0, 0, 0)
