@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from helpers.data import catalogue, naming
 from helpers.data.sizes import Sizes
 from helpers.lm.recipe import Grid, Recipe
+from helpers.lm.wheel import Wheel
 from helpers.places import PROJECT
 from helpers.settings import Settings
 from helpers.stages.health import Health
@@ -30,6 +31,7 @@ EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
 class Profile(Settings):
     """One study. `model` and `data` are the embedded ones, a Hugging Face hub id (`@revision` allowed) or a local path.
 
+    model: a GGUF file too. wheel: where its weights are on the package index, for want of a hub.
     dpo_model: a ready partner of `model`, a whole model or a PEFT adapter; nothing is trained then.
     data: "atlas:<family>" (the organism's preference families), "atlas:<family>+<family>" (a mixture of them in equal
     shares), "onpolicy:vader" (story continuations sampled from the model itself, the happiest and the saddest by VADER
@@ -45,6 +47,7 @@ class Profile(Settings):
 
     name: str
     model: str = EMBEDDED
+    wheel: Wheel | None = None
     dpo_model: str = ""
     data: str = "atlas:tone"
     score: Literal[catalogue.SCORES] = "closer"
@@ -131,7 +134,7 @@ def load(name_or_path: str, model: str | None = None, data: str | None = None, d
         )
     profile = _read(FOLDER / f"{name_or_path}.toml" if name_or_path in BUILT_IN else Path(name_or_path))
     given = {name: value for name, value in (("model", model), ("data", data), ("dpo_model", dpo_model)) if value}
-    return profile.changed(**({"dpo_model": ""} if model else {}) | given) if given else profile
+    return profile.changed(**({"dpo_model": "", "wheel": None} if model else {}) | given) if given else profile
 
 
 def resolved(given: str, folder: Path = Path()) -> str:
@@ -152,7 +155,7 @@ def _read(path: Path, others: Sequence[str] = BUILT_IN) -> Profile:
         raise ValueError(f"{path}: extends = {parent!r} is not a built-in profile ({', '.join(others)}).")
     base = Profile(name=EMBEDDED) if parent is None else _read(FOLDER / f"{parent}.toml", others)
     if "model" in table:
-        table.setdefault("dpo_model", "")  # the parent's partner is another model's
+        table = {"dpo_model": "", "wheel": None} | table  # the parent's are another model's
     for name in ("model", "dpo_model", "data"):
         if isinstance(table.get(name), str):
             table[name] = resolved(table[name], path.parent)

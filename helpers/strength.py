@@ -87,7 +87,9 @@ class Checkpoint(Study):
         lasts = {"": late, ", base": of_base, ", random": self._at_random(late)}
         found = self._by_chance() | {"λ*": self.meeting_dose()}
         found |= {f"greedy, {name}": self.greedy(*arm)["preferred"].mean() for name, arm in GREEDY.items()}
-        return found | {f"σ1 share, last block{of}": spectra.spectrum(h).mass(1)[0].item() for of, h in lasts.items()}
+        return found | {
+            f"σ1 share, last block{what}": spectra.spectrum(h).mass(1)[0].item() for what, h in lasts.items()
+        }
 
     def _by_chance(self) -> dict[str, float]:
         """What random directions do at the KL of v*, and what displacements of DPO's lengths give at `final`."""

@@ -24,6 +24,7 @@ from helpers.stages import artifacts, examined, pairs, parallel, trials
 from helpers.stages.artifacts import Artifact
 from helpers.stages.encoded import encoded_pairs
 from helpers.stages.loaded import OneModel, Placement
+from helpers.stages.model_files import model_files
 from helpers.stages.organism import organism
 from helpers.stages.partner import partner, train_within_memory
 from helpers.stages.reference import base_logps
@@ -48,10 +49,22 @@ class Subject:
 
     @cached_property
     def source(self) -> Artifact:
-        """Where the base model's files are: pretrained here, a folder, or a hub id."""
+        """Where the base model's files are: pretrained or converted here, a folder, or a hub id."""
         if self.profile.model != profiles.EMBEDDED:
-            return Artifact(Path(self.profile.model), loading.content_id(self.profile.model))
+            return model_files(self.profile.model, self.profile.wheel)
         return organism(self.profile.organism, self.profile.seed)
+
+    @property
+    def origin(self) -> str:
+        """Where the base model's weights come from, in words."""
+        model, files = self.profile.model, self.source
+        if model == profiles.EMBEDDED:
+            return "pretrained here"
+        if files.path == Path(model):
+            return f"the folder {files.path.name}" if files.path.is_dir() else files.key  # a hub id with its commit
+        held = self.profile.wheel
+        named = f"{Path(held.file).name} in the package {held.package} {held.version}" if held else Path(model).name
+        return f"{named}: rounded to a few bits there, and read as float32"
 
     @cached_property
     def lm(self) -> OneModel:

@@ -107,6 +107,8 @@ def test_a_model_of_one_s_own_does_not_inherit_a_partner_that_was_trained_from_a
     assert profiles.load(toml(f'{tulu}model = "owner/base"\ndpo_model = "owner/dpo"')).dpo_model == "owner/dpo"
     assert profiles.load(toml(f"{tulu}seed = 3")).dpo_model == profiles.load("tulu3-8b").dpo_model != ""
     assert profiles.load("tulu3-8b", model="owner/base").dpo_model == ""
+    held = toml('model = "owner/base"\n[wheel]\npackage = "held"\nversion = "1"\nsha256 = "0"\nfile = "held/m.gguf"\n')
+    assert profiles.load(held).wheel.file == "held/m.gguf" and profiles.load(held, model="owner/other").wheel is None
     given = profiles.load("tulu3-8b", model="owner/base", dpo_model="owner/dpo")
     assert (given.model, given.dpo_model) == ("owner/base", "owner/dpo")
 

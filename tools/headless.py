@@ -222,7 +222,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", help="notebooks, without .ipynb")
     parser.add_argument("--profile", default=DEFAULT_PROFILE)
-    parser.add_argument("--model", default="", help="replaces the profile's model: a hub id or a folder")
+    parser.add_argument("--model", default="", help="replaces the profile's model: a hub id, a folder or a .gguf file")
     parser.add_argument("--dpo-model", default="", help="replaces its partner: a ready one, a hub id or a folder")
     parser.add_argument("--data", default="", help="replaces the profile's preference data")
     parser.add_argument("--publish", action="store_true", help="put what they showed into their sources instead")

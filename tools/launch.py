@@ -141,7 +141,7 @@ def _reason(error: Exception) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="atlas")
-    parser.add_argument("--model", default="", help="replaces the profile's model: a hub id or a folder")
+    parser.add_argument("--model", default="", help="replaces the profile's model: a hub id, a folder or a .gguf file")
     parser.add_argument("--data", default="", help="replaces the profile's preference data")
     parser.add_argument("--share", type=int, help="pairs that each process computes at a time, when memory is short")
     given = parser.parse_args()

