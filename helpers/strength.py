@@ -46,6 +46,7 @@ class Checkpoint(Study):
         """The mean displacement that the first training step makes of held-in prompts, (d,)."""
         return Checkpoint(self.profile.trained_by(self.recipe.changed(stop=0.0))).direction()
 
+    @cached_property
     def numbers(self) -> dict[str, float]:
         """What is measured of a partner at its stop, by name."""
         v, delta, base = self.direction(), self.displacements("heldout"), self.final("base", "heldout")
@@ -79,6 +80,7 @@ class Checkpoint(Study):
         stated = [np.nanmean(self.outcome(role, 0, "fact")) for role in ("dpo", "base")]
         return {"lead": (self.lead("dpo") - self.lead("base")).mean(), "facts stated": stated[0] - stated[1]}
 
+    @cached_property
     def controls(self) -> dict[str, float]:
         """What is measured of the partner that is studied alone: what random directions do at equal KL and random
         displacements give, the dose at which it meets the base, what greedy answers say, and the last block."""
@@ -159,7 +161,7 @@ def inside(delta: Tensor, directions: Tensor) -> float:
 
 def curve(run: Sequence[Checkpoint]) -> pd.DataFrame:
     """The numbers of a run, a row a stop."""
-    return pd.DataFrame([one.numbers() for one in run], index=[one.recipe.stop for one in run]).rename_axis("stop")
+    return pd.DataFrame([one.numbers for one in run], index=[one.recipe.stop for one in run]).rename_axis("stop")
 
 
 def at(found: pd.DataFrame, strength: float) -> pd.Series:

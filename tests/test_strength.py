@@ -107,11 +107,11 @@ def test_the_dose_at_which_dpo_meets_the_base_is_read_between_those_tried(checkp
 
 
 def test_what_is_measured_of_the_studied_partner_alone(checkpoint):
-    found = checkpoint.controls()
+    found = checkpoint.controls
     assert found["greedy, base"] == checkpoint.greedy("base")["preferred"].mean()
     late = checkpoint.displacements("heldout", "resid[2]")
     assert found["σ1 share, last block"] == pytest.approx(spectra.spectrum(late).mass(1)[0].item())
     assert found["σ1 share, last block, random"] < found["σ1 share, last block"]
     k = strength.held_by(checkpoint.token_vectors())
     assert found["inside V, random"] == pytest.approx(k / len(checkpoint.direction()), abs=0.15)
-    assert found["σ2/σ1, random"] > checkpoint.numbers()["σ2/σ1"]
+    assert found["σ2/σ1, random"] > checkpoint.numbers["σ2/σ1"]
