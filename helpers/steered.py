@@ -113,15 +113,16 @@ class Steered(Subject):
         return self._judged("heldout", sampled(self.lm.role(role), prompts, most, None, 1, *arm))
 
     def sweep(
-        self, role: str, site: str, deltas: Tensor, span: str = "response", split: str = "heldout"
+        self, role: str, site: str, deltas: Tensor, span: str = "response", split: str = "heldout", draws: int = 0
     ) -> pd.DataFrame:
         """Sampled answers to the prompts of a split with each of `deltas` added at a site, judged.
 
         deltas: (arms, d), or (arms, N, d) where every prompt has its own. A row an arm and a prompt, as of `answers`:
-        `arm`, `prompt`, `text`, `ids` and what the task's judge says. All arms share their random numbers.
+        `arm`, `prompt`, `text`, `ids` and what the task's judge says. All arms share their random numbers. draws: of
+        each prompt, by default `sizes.draws`.
         """
         sizes, seed = self.profile.sizes, self.profile.seed
-        prompts, drawn = self.prompts(split), (sizes.new_tokens, seed, sizes.draws)
+        prompts, drawn = self.prompts(split), (sizes.new_tokens, seed, draws or sizes.draws)
         return self._judged(split, under_arms(self.lm.role(role), prompts, *drawn, site, deltas, span))
 
     def steered(self, role: str) -> pd.DataFrame:

@@ -34,6 +34,8 @@ from helpers.stages.verdicts import with_ends
 from helpers.steered import Steered
 from helpers.subject import prepare
 
+FEW = 4  # draws a prompt, where many sites are looked over
+
 __all__ = [  # what notebooks need from deeper down is handed up here
     "EMBEDDED", "POSITIONS", "SteeringVector", "Study", "Tokens", "Unavailable", "bleu", "distinct_n", "dpo_config",
     "judge_all", "judging_cost", "load", "prepare", "rouge_l", "rounding",
@@ -123,12 +125,12 @@ class Study(Steered):
     # --- 7. Other sites, and more than one direction ---
 
     def validated_sites(self) -> pd.DataFrame:
-        """base + v* at dose 1 of every site and position, on validation prompts (stages/site_choice.py)."""
+        """base + v* at dose 1 of every site and position, FEW draws a validation prompt (stages/site_choice.py)."""
         tables = {}
         for site in self.lm.sites:
             deltas = torch.stack([self.direction(site, position) for position in POSITIONS])
             if deltas.any():  # the embeddings are moved by no adapter
-                table = self.sweep("base", site, deltas, split="validation")
+                table = self.sweep("base", site, deltas, split="validation", draws=FEW)
                 tables |= {(site, position): table[table["arm"] == i] for i, position in enumerate(POSITIONS)}
         base = self.answers("base", "validation")
         return site_choice.compared(tables, base, self.factors("validation"), self.profile.health)

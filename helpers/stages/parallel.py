@@ -4,6 +4,7 @@ For models this small, two processes of one thread do nearly twice the work of o
 computes it leaves in the artefact cache; one thread each, so that its bytes do not depend on how many there are.
 """
 
+import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +31,20 @@ def each(function: Callable, items: Sequence, name: str) -> None:
     """Call `function(item)` for every item in worker processes, with a progress bar. What it raises is raised here."""
     if not items:
         return
+    _give_back()
     # never one job: joblib would run it in this process
     with parallel_config("loky", n_jobs=max(2, min(len(items), os.cpu_count() or 1)), inner_max_num_threads=1):
         done = Parallel(return_as="generator_unordered")(delayed(_alone)(function, item) for item in items)
         for _ in tqdm(done, desc=name, total=len(items), leave=False):
             pass
     get_reusable_executor().shutdown()  # its idle workers would keep their memory
+
+
+def _give_back() -> None:
+    """Return to the system what this process has freed and kept (Makefile), since others are about to need it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _alone(function: Callable, item) -> None:
