@@ -44,7 +44,12 @@ class Checkpoint(Study):
     @cached_property
     def first_step(self) -> Tensor:
         """The mean displacement that the first training step makes of held-in prompts, (d,)."""
-        return Checkpoint(self.profile.trained_by(self.recipe.changed(stop=0.0))).direction()
+        return self.first.direction()
+
+    @cached_property
+    def first(self) -> "Checkpoint":
+        """The partner after the first step of the same run."""
+        return Checkpoint(self.profile.trained_by(self.recipe.changed(stop=0.0)))
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -131,9 +136,12 @@ class Checkpoint(Study):
         return float("nan")
 
 
-def run(profile: Profile, recipe: Recipe, first: float = 0.0) -> list[Checkpoint]:
-    """The partners at every stop of a recipe's run, from the `first` on, by default the first step, to the end."""
-    return [Checkpoint(profile.trained_by(recipe.changed(stop=stop))) for stop in STOPS if stop >= first]
+def run(profile: Profile, recipe: Recipe, stops: Sequence[float] = STOPS) -> list[Checkpoint]:
+    """The partners at some stops of a recipe's run, by default at all."""
+    first, *found = (Checkpoint(profile.trained_by(recipe.changed(stop=stop))) for stop in (0.0, *stops))
+    for one in found:
+        one.first = first  # one for all: what decides a partner takes long to digest
+    return found
 
 
 def at_equal_kl(one: Study, directions: Tensor) -> Tensor:

@@ -219,20 +219,22 @@ class Subject:
 Stages = Callable[[Subject], object]  # asks a study for some of its stages, which are computed thereby
 
 
-def prepare(studies: Sequence[Subject], name: str, stages: Stages | None = None) -> None:
-    """Compute for each study what it lacks of some stages, by default of what partners are compared by (`measure`): in
-    processes of their own where models are small, else one after the other."""
-    stages = stages or (lambda study: study.measure())
-    missing = [study for study in studies if not study.has(stages)]
+def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
+    """Compute for each study what it lacks of each of some stages, by default of what partners are compared by
+    (`measure`): in processes of their own where models are small, else one after the other."""
+    stages = stages or (lambda study: study.measure(),)
+    missing = [(study, asked) for study in studies for asked in stages if not study.has(asked)]
     # what takes long is not left to the end
-    missing.sort(key=lambda study: study.has(lambda study: study.chosen.adapter))
-    computed = partial(_compute, stages)
-    kinds = [(type(study), study.profile) for study in missing]
-    if missing and _is_small(missing[0]):
-        parallel.each(computed, kinds, name)
+    missing.sort(key=lambda found: found[0].has(lambda study: study.chosen.adapter))
+    kinds = [(type(study), study.profile, asked) for study, asked in missing]
+    if missing and _is_small(missing[0][0]):
+        parallel.each(_compute, kinds, name)
+    elif len(studies) == 1:  # its model may be in memory already
+        for study, asked in missing:
+            asked(study)
     else:  # one model in memory: a study of its own each, gone with its model when it is done
         for kind in kinds:
-            computed(kind)
+            _compute(kind)
 
 
 def _is_small(subject: Subject) -> bool:
@@ -240,6 +242,6 @@ def _is_small(subject: Subject) -> bool:
     return subject.profile.model == profiles.EMBEDDED or architecture.is_small(subject.lm.base)
 
 
-def _compute(stages: Stages, kind: tuple[type[Subject], Profile]) -> None:
-    subject, profile = kind
+def _compute(kind: tuple[type[Subject], Profile, Stages]) -> None:
+    subject, profile, stages = kind
     stages(subject(profile))

@@ -131,7 +131,22 @@ def test_prepare_computes_what_is_missing_and_no_more(trained, monkeypatch):
     study.prepare([missing[0], trained, missing[1]], "some partners")
     study.prepare([trained], "nothing to do")
     study.prepare([], "nothing at all")
-    assert asked == [([(Study, made.profile) for made in missing], "some partners")]
+    ((items, name),) = asked
+    assert [item[:2] for item in items] == [(Study, made.profile) for made in missing] and name == "some partners"
+
+
+def test_prepare_computes_several_stages_of_one_study_side_by_side(trained, monkeypatch):
+    asked, directions = [], torch.eye(len(trained.direction()))[:2]
+    stages = [lambda one, arm=arm: one.sweep("base", "final", directions[arm : arm + 1]) for arm in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "each", lambda function, items, name: asked.extend(items))
+        study.prepare([trained], "two sweeps", *stages)
+    assert [(profile, one) for _, profile, one in asked] == [(trained.profile, one) for one in stages]
+    study.prepare([trained], "two sweeps", *stages)
+    assert all(map(trained.has, stages))
+    monkeypatch.setattr(subject, "_is_small", lambda one: False)  # a large model is not loaded beside itself
+    monkeypatch.setattr(subject, "_compute", lambda kind: pytest.fail("another study was made"))
+    study.prepare([trained], "a third", lambda one: one.sweep("base", "final", 2 * directions[:1]))
 
 
 def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trained, monkeypatch):
