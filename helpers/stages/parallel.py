@@ -55,3 +55,4 @@ def _alone(function: Callable, item) -> None:
     # the bars of several processes overwrite each other
     tqdm.__init__ = lambda self, *args, **kwargs: shown(self, *args, **(kwargs | {"disable": True}))
     function(item)
+    _give_back()
