@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
 from helpers import places
+from helpers.estimates import Estimate
 from helpers.profiles import Profile
 
 # One colour a thing in every figure (Okabe and Ito's palette: safe for colour-blind readers, distinct in greyscale).
@@ -185,6 +186,8 @@ def _plain(value):
         return value
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Estimate):  # without its degrees of freedom, which nothing of it is drawn by
+        return _plain([*value[:3], value.by_seed])
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     found = np.asarray(value).tolist()

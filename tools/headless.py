@@ -93,21 +93,22 @@ def about(notebook: NotebookNode, profile: Profile) -> NotebookNode:
 def prepare(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -> None:
     """Write notebooks/<name>.ipynb as `run` would run it into a folder, and do not run it."""
     notebook = about(load_notebook_node(str(NOTEBOOKS / f"{name}.ipynb")), profile)
-    notebook = parameterize_notebook(notebook, parameters) if parameters else notebook
+    given = _not_its_own(notebook, parameters)
+    notebook = parameterize_notebook(notebook, given) if given else notebook
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(tidied(notebook), folder / f"{name}.ipynb")
 
 
 def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -> Path:
-    """Execute notebooks/<name>.ipynb and return the finished copy in `folder`. Raises PapermillExecutionError.
-    parameters: those that differ from the notebook's own, so that a default run needs no injected cell."""
+    """Execute notebooks/<name>.ipynb and return the finished copy in `folder`. Raises PapermillExecutionError."""
     folder.mkdir(parents=True, exist_ok=True)
     finished, partial, log = (folder / f"{name}{end}" for end in (".ipynb", ".partial.ipynb", ".log"))
     finished.unlink(missing_ok=True)
-    nbformat.write(about(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4), profile), partial)
+    notebook = about(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4), profile)
+    nbformat.write(notebook, partial)
     with log.open("w") as file:
         papermill.execute_notebook(
-            partial, partial, parameters, cwd=NOTEBOOKS, progress_bar=False,
+            partial, partial, _not_its_own(notebook, parameters), cwd=NOTEBOOKS, progress_bar=False,
             stdout_file=file, stderr_file=Tee(sys.stderr, file),
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its unencrypted port, on loopback
         )  # fmt: skip
@@ -235,7 +236,13 @@ def _parameters(given: argparse.Namespace) -> dict[str, str]:
     named = profiles.resolved(given.profile) if given.profile.endswith(".toml") else given.profile
     chosen = {"MODEL": given.model, "DPO_MODEL": given.dpo_model, "DATA": given.data}
     wanted = {"PROFILE": named} | {name: profiles.resolved(value) for name, value in chosen.items()}
-    return {key: value for key, value in wanted.items() if value not in ("", DEFAULT_PROFILE)}
+    return {key: value for key, value in wanted.items() if value}
+
+
+def _not_its_own(notebook: NotebookNode, parameters: dict[str, str]) -> dict[str, str]:
+    """The parameters that differ from a notebook's own, so that a run as it stands needs no injected cell."""
+    own = "\n".join(cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    return {name: value for name, value in parameters.items() if f'{name} = "{value}"' not in own}
 
 
 def _reported(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -> int:

@@ -265,9 +265,10 @@ def main(monkeypatch, *arguments):
     return headless.main()
 
 
-def test_a_default_run_gives_no_parameters(calls, monkeypatch, tmp_path, capsys):
+def test_a_default_run_gives_the_profile_alone(calls, monkeypatch, tmp_path, capsys):
     assert main(monkeypatch, "00_a", "01_b", "--profile", "atlas", "--model", "", "--data", "") == 0
-    assert calls == [("00_a", {}, tmp_path / "build" / "atlas"), ("01_b", {}, tmp_path / "build" / "atlas")]
+    given, folder = {"PROFILE": "atlas"}, tmp_path / "build" / "atlas"
+    assert calls == [("00_a", given, folder), ("01_b", given, folder)]
     assert "00_a (atlas) done in" in capsys.readouterr().err
 
 
