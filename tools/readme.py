@@ -36,9 +36,8 @@ def scorecard(ledger: dict[str, dict], asked: Iterable[str]) -> str:
     verdicts = claims.verdicts(ledger)
     for name in (name for name in asked if name in ledger):
         claim, entry = claims.ALL[name], ledger[name]
-        measured = (
-            f"{claim.quantity} {_measured(entry)}; claimed {_region(entry)}; over {entry.get('varied', 'prompts')}"
-        )
+        over = "" if claim.algebra else f"; over {entry['varied']}"
+        measured = f"{claim.quantity} {_measured(entry)}; claimed {_region(entry)}{over}"
         lines.append(
             _row(f"**{name}** {claim.plain}", measured, _verdict(verdicts[name]), claims.filled(claim.caveat, ledger))
         )
