@@ -169,10 +169,13 @@ def _value_and_arms(estimates) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_label(token: str) -> str:
-    """A token as a label: spaces seen, no mathematics between dollars, and what the font has no picture of, such as
-    Chinese or a line's end, as its escape."""
-    seen = token.replace(" ", "␣")
-    return "".join(c if _is_drawn(c) else c.encode("unicode_escape").decode() for c in seen).replace("$", r"\$")
+    """A token as a label: spaces seen, no mathematics between dollars, and `drawable`."""
+    return drawable(token.replace(" ", "␣")).replace("$", r"\$")
+
+
+def drawable(text: str) -> str:
+    """A text with what the font has no picture of, such as Chinese or a line's end, as its escape."""
+    return "".join(c if _is_drawn(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 @cache

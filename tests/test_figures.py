@@ -284,3 +284,7 @@ def test_a_committed_figure_says_what_to_see_and_where_it_comes_from(path):
 @pytest.mark.parametrize("folder", sorted({path.parent for path in COMMITTED}), ids=lambda folder: folder.name)
 def test_no_committed_picture_lacks_its_numbers(folder):
     assert {p.stem for p in folder.glob("*.png")} == {p.stem for p in folder.glob("*.json")} - {"claims"}
+
+
+def test_a_text_keeps_its_spaces_and_escapes_what_the_font_cannot_draw():
+    assert figures.drawable("a b\x17中 $") == r"a b\x17\u4e2d $"

@@ -75,7 +75,8 @@ def write_tokens(axes: Axes, told: Told, y: float, left: float, right: float, st
     renderer, x = axes.figure.canvas.get_renderer(), left
     style = {"transform": axes.transAxes, "fontsize": 8, "va": "baseline", "parse_math": False}
     box = {"boxstyle": "square,pad=0.12", "linewidth": 0, "edgecolor": "none"}
-    texts = [axes.text(left, y, " ".join(token.split("\n")), **style) for token in told.tokens]
+    shown = [figures.drawable(token.replace("\n", " ")) for token in told.tokens]
+    texts = [axes.text(left, y, token, **style) for token in shown]
     whole = axes.get_window_extent(renderer).width
     widths = [_advance(text, renderer) / whole for text in texts]
     ends = [token[-1:].isspace() for token in told.tokens]
