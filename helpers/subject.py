@@ -15,7 +15,7 @@ import pandas as pd
 from helpers import profiles
 from helpers.data import catalogue, tasks
 from helpers.data.preferences import PreferencePair
-from helpers.lm import architecture, encoding, loading
+from helpers.lm import architecture, encoding
 from helpers.lm.batches import Tokens
 from helpers.lm.recipe import Recipe
 from helpers.lm.training import TrainingPair
@@ -62,9 +62,9 @@ class Subject:
             return "pretrained here"
         if files.path == Path(model):
             return f"the folder {files.path.name}" if files.path.is_dir() else files.key  # a hub id with its commit
-        held = self.profile.wheel
+        held = None if Path(model).is_file() else self.profile.wheel
         named = f"{Path(held.file).name} in the package {held.package} {held.version}" if held else Path(model).name
-        return f"{named}: rounded to a few bits there, and read as float32"
+        return f"{named}: its weights, rounded as they are there, in float32"
 
     @cached_property
     def lm(self) -> OneModel:
@@ -155,7 +155,7 @@ class Subject:
 
     def _trial(self, recipe: Recipe | None) -> Trial:
         ready = self.profile.dpo_model
-        files = Artifact(Path(ready), loading.content_id(ready)) if recipe is None else self.adapter(recipe)
+        files = model_files(ready, None) if recipe is None else self.adapter(recipe)
         return Trial(recipe, files, partial(self._examined, files), self.profile.health)
 
     def _examined(self, files: Artifact) -> tuple[dict[str, float], pd.DataFrame]:

@@ -103,6 +103,10 @@ def test_about_other_preferences_the_base_and_the_recipe_stay(trained, data):
 # --- Several partners ---
 
 
+def test_an_organism_s_weights_come_from_here(trained):
+    assert trained.origin == "pretrained here"
+
+
 def test_replicates_are_the_study_and_its_recipe_trained_with_other_seeds(trained):
     found = trained.replicates
     assert found[0] is trained and [r.chosen.recipe for r in found] == [RECIPE.changed(seed=k) for k in range(3)]

@@ -26,11 +26,13 @@ def convert(source: Path, folder: Path) -> None:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32, output_loading_info=True
         )
+    except MemoryError:
+        raise
     except Exception as error:  # its reader raises whatever it stumbles over
         raise ValueError(_cannot_read(source, error)) from error
     if report["missing_keys"]:
         raise ValueError(_cannot_read(source, f"its weights lack {min(report['missing_keys'])}"))
-    del model.config.quantization_config  # the weights are whole numbers' worth of float32 now
+    del model.config.quantization_config  # of what is in the file; a model that has it cannot be saved
     model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -107,11 +107,10 @@ def test_a_page_says_where_the_weights_come_from(model, tmp_path, monkeypatch):
     monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
     source = write(tmp_path / "tiny.gguf", model)
     study = Subject(profiles.load("smoke", model=str(source)))
-    assert study.origin == "tiny.gguf: rounded to a few bits there, and read as float32"
+    assert study.origin == "tiny.gguf: its weights, rounded as they are there, in float32"
     assert (len(study.lm.sites), study.lm.tokenizer.eos_token) == (4, "</s>")
     folder = Subject(profiles.load("smoke", model=str(study.source.path)))
     assert folder.origin == f"the folder {study.source.path.name}"
-    assert Subject(profiles.load("atlas")).profile.model == profiles.EMBEDDED
 
 
 def test_weights_come_from_a_wheel_where_the_hub_does_not_give_them(model, tmp_path, monkeypatch):
@@ -127,11 +126,18 @@ def test_weights_come_from_a_wheel_where_the_hub_does_not_give_them(model, tmp_p
 
     monkeypatch.setattr("helpers.lm.loading.content_id", from_the_hub)
     study = Subject(profiles.load("smoke", model="owner/base").changed(wheel=held))
-    assert study.origin.startswith("tiny.gguf in the package held 1: rounded") and len(study.lm.sites) == 4
+    assert study.origin.startswith("tiny.gguf in the package held 1: its weights") and len(study.lm.sites) == 4
     with pytest.raises(ValueError, match="owner/base cannot be had"):
         model_files("owner/base", None)
     monkeypatch.setattr("helpers.lm.loading.content_id", lambda model: f"{model}@commit")
     assert Subject(study.profile).origin == "owner/base@commit"
+
+
+def test_a_ready_partner_may_be_such_a_file_too(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTEER_ARTIFACTS", str(tmp_path / "artifacts"))
+    source = str(write(tmp_path / "tiny.gguf", model))
+    study = Subject(profiles.load("smoke", model=source, dpo_model=source, data="onpolicy:vader"))
+    assert study.trials[0].adapter == study.source
 
 
 def damaged(path, model, how):
