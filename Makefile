@@ -105,11 +105,12 @@ clean: ## remove executed notebooks and logs; what was trained stays cached
 distclean: clean ## remove the cache and the environment too
 	rm -rf artifacts $(VENV)
 
-# The environment, made once and again when the list of dependencies changes.
+# The environment, made once and again when the list of dependencies changes. What is imported of it is compiled then,
+# and the many times more that is not, never.
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=<one>.")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable .
 	touch $@
 
 # What only test-browser needs besides.

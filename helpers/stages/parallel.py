@@ -12,8 +12,10 @@ from contextlib import contextmanager
 
 import torch
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky import get_reusable_executor, process_executor
+from joblib.externals.loky import process_executor
 from tqdm import tqdm
+
+IDLE = 20  # seconds that a worker waits for more, since starting one takes several: then its memory is free again
 
 
 @contextmanager
@@ -33,11 +35,11 @@ def each(function: Callable, items: Sequence, name: str) -> None:
         return
     _give_back()
     # never one job: joblib would run it in this process
-    with parallel_config("loky", n_jobs=max(2, min(len(items), os.cpu_count() or 1)), inner_max_num_threads=1):
+    jobs = max(2, min(len(items), os.cpu_count() or 1))
+    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1, idle_worker_timeout=IDLE):
         done = Parallel(return_as="generator_unordered")(delayed(_alone)(function, item) for item in items)
         for _ in tqdm(done, desc=name, total=len(items), leave=False):
             pass
-    get_reusable_executor().shutdown()  # its idle workers would keep their memory
 
 
 def _give_back() -> None:

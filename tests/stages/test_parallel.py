@@ -54,6 +54,15 @@ def test_every_item_is_computed_once_with_one_thread_by_workers_that_may_keep_me
     assert not [warning for warning in recwarn if "worker" in str(warning.message)]
 
 
+def test_workers_wait_for_the_next_call(tmp_path, as_it_was):
+    """Starting one takes several seconds of imports."""
+    calls = [[tmp_path / f"{call}{i}" for i in range(2)] for call in "ab"]
+    for paths in calls:
+        parallel.each(keep_memory, paths, "two")
+    first, then = ({json.loads(path.read_text())["process"] for path in paths} for paths in calls)
+    assert first & then
+
+
 def test_what_a_worker_raises_is_raised_here_by_a_single_item_too(tmp_path, as_it_was):
     with pytest.raises(KeyError, match="the worker of a"):
         parallel.each(refuse, [tmp_path / "a"], "one")
