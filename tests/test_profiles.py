@@ -219,7 +219,7 @@ def test_paths_in_a_toml_file_are_beside_it_and_hub_ids_are_left_alone(toml, tmp
         ('score = "mood"', "profile.score must be 'closer', 'sentiment', 'refusal', 'nontoxic' or 'geval', got 'mood'"),
         ('name = "../../elsewhere"', "name must be letters, digits, -, _ and \\."),
         ('name = "atlas"', "'atlas' is a built-in profile, whose figures it would replace: rename it"),
-        ('data = "pairs.csv"', "unknown data 'pairs.csv'; there are atlas:tone, .*onpolicy:vader"),
+        ('data = "pairs.txt"', "unknown data 'pairs.txt'; there are atlas:tone, .*onpolicy:vader"),
         ('data = "atlas:mood"', "unknown data 'atlas:mood'; there are .*, mixtures .* such as atlas:tone"),
         ('data = "atlas:tone+mood"', r"unknown data 'atlas:tone\+mood'"),
         ('data = "atlas:tone+tone"', r"unknown data 'atlas:tone\+tone'"),

@@ -4,6 +4,7 @@ JSON is read by Python's own reader: `datasets` reads dates in strings as dates 
 number. Parquet is read by pyarrow, as `datasets` reads it, but without a copy in a cache.
 """
 
+import csv
 import gzip
 import hashlib
 import io
@@ -19,10 +20,11 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
-from helpers.data.naming import FORMATS, HUB_ID, is_file, refuse_folder
+from helpers.data.naming import FORMATS, HUB_ID, SEPARATORS, is_file, refuse_folder
 
 datasets.disable_progress_bars()  # they would stay in the notebooks
 DEFAULT_SPLITS = ("train_prefs", "train")  # the pairs among UltraFeedback's splits, and what most call theirs
+WRAPPERS = (*DEFAULT_SPLITS, "data", "rows", "examples", "instances")  # names of a list of rows in one object
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -56,32 +58,86 @@ def local_file(source: str) -> Path | None:
 
 
 def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list[str]]:
-    """The rows of a .jsonl, .json or .parquet file, gzipped or not, and its columns. Raises ValueError for any other.
-    columns: those that a parquet file is read for, all by default; Python cannot hold whatever may be in others."""
+    """The rows of a file (naming.SUFFIXES), gzipped or not, and its columns. Raises ValueError for any other.
+    columns: those, in lower case, that a parquet file is read for besides its text, all by default; Python cannot hold
+    whatever may be in others."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-        if path.name.removesuffix(".gz").endswith(".parquet"):
+        name = path.name.removesuffix(".gz")
+        if name.endswith(".parquet"):
             return _from_arrow(parquet.read_table(io.BytesIO(content)), columns)
         text = content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise ValueError(f"The data file {path} cannot be read ({_headline(error)}): get or write it anew.") from error
-    records = _from_json(text, path)
+    separator = SEPARATORS.get(Path(name).suffix)
+    records = _from_json(text, path) if separator is None else _from_table(text, separator, path)
     return records, list(dict.fromkeys(column for record in records for column in record))
 
 
+def _from_table(text: str, separator: str, path: Path) -> list[dict]:
+    """The rows of a table of text with a line of names; an empty field is none."""
+    csv.field_size_limit(2**31 - 1)  # by default an answer of more than 128 KB is an error
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        rows = list(table)
+    except csv.Error as error:
+        raise ValueError(f"The data file {path} is no table near line {table.line_num} ({error}): mend it.") from error
+    for n, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"The data file {path} has another number of fields in row {n} than names: mend it.")
+    return [{name: value or None for name, value in row.items()} for row in rows]
+
+
 def _from_json(text: str, path: Path) -> list[dict]:
-    """The objects of one list, or one a line, whatever the file's suffix.
-    Only \\n ends a line here: a JSON string may hold what Unicode counts as other line ends."""
+    """The objects of one list, or one a line, or one after the other, or a list in an object, or an object of columns,
+    whatever the file's suffix. Only \\n ends a line here: a JSON string may hold what Unicode counts as other line
+    ends."""
     if text.lstrip().startswith("["):
         records = _parsed(text, 1, path)
     else:
-        records = [_parsed(line, n, path) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        try:
+            records = [_parsed(line, n, path) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        except ValueError:
+            records = _over_several_lines(text)
+            if records is None:
+                raise
+        if len(records) == 1 and isinstance(records[0], dict):
+            records = _unwrapped(records[0])
     for n, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise ValueError(f"The data file {path} has no object as its row {n}: make each row an object of columns.")
     return records
+
+
+def _over_several_lines(text: str) -> list | None:
+    """Objects one after the other, each over as many lines as it likes; None where they are not."""
+    decoder, found, at = json.JSONDecoder(), [], 0
+    try:
+        while at < len(text):
+            if text[at].isspace():
+                at += 1
+                continue
+            one, at = decoder.raw_decode(text, at)
+            found.append(one)
+    except (ValueError, RecursionError):
+        return None
+    return found
+
+
+def _unwrapped(record: dict) -> list:
+    """The rows of a file that is one object: a list under a name (WRAPPERS), or as many lists as there are columns."""
+    for name in WRAPPERS:
+        rows = record.get(name)
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            return rows
+    columns = list(record.values())
+    if all(isinstance(column, list) and not any(isinstance(one, dict) for one in column) for column in columns) and (
+        len(set(map(len, columns))) == 1
+    ):
+        return [dict(zip(record, row)) for row in zip(*columns)]
+    return [record]
 
 
 def _parsed(text: str, line: int, path: Path):
@@ -96,8 +152,11 @@ def _parsed(text: str, line: int, path: Path):
 
 
 def _from_arrow(table: pyarrow.Table, columns: Collection[str]) -> tuple[list[dict], list[str]]:
-    kept = [name for name in table.column_names if not columns or name in columns]
-    return table.select(kept).to_pylist(), table.column_names
+    def is_read(field: pyarrow.Field) -> bool:
+        is_text = pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
+        return not columns or is_text or field.name.lower() in columns
+
+    return table.select([field.name for field in table.schema if is_read(field)]).to_pylist(), table.column_names
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 PLAIN, CONDITIONAL = "onpolicy:vader", "onpolicy:vader-conditional"  # stories, by the sentiment that is preferred
-SUFFIXES = (".jsonl", ".json", ".parquet")  # of files of rows; each may end in .gz
+SEPARATORS = {".csv": ",", ".tsv": "\t"}  # of the fields in a line
+SUFFIXES = (".jsonl", ".json", ".parquet", *SEPARATORS)  # of files of rows; each may end in .gz
 FORMATS = f"{', '.join(SUFFIXES)} (.gz too)"
 ON_POLICY = "onpolicy:"  # before a source of which only the prompts are taken, for the model to answer
 _SEGMENT = r"[\w-][\w.-]*"

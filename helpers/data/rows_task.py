@@ -15,7 +15,8 @@ from helpers.data import files, judges, overlap, sources
 from helpers.data.on_policy import best_and_worst
 from helpers.data.preferences import SPLITS, Drawn, PreferencePair, TaskBase, begins, pair_about
 from helpers.data.sizes import Sizes
-from helpers.data.sources import Row, Rows
+from helpers.data.sources import Rows
+from helpers.data.turns import Row
 from helpers.lm import architecture, encoding
 from helpers.lm.encoding import Prompt
 
@@ -90,7 +91,8 @@ class RowsTask(TaskBase):
         Raises ValueError where too few fit, and where the source has changed since the task was made."""
         if files.content_id(self.source) != self.content:
             raise ValueError(f"The data {self.source} have changed since they were looked up: load the study anew.")
-        rows, account = self._split(sources.read(self.source), model, tokenizer)
+        found = (sources.read_prompts if self.is_on_policy else sources.read)(self.source)
+        rows, account = self._split(found, model, tokenizer)
         if self.is_on_policy:
             asked = {split: [row.prompt for row in drawn] for split, drawn in rows.items()}
             pairs, more = best_and_worst(model, tokenizer, asked, self.rates, self.sizes, self.seed)
@@ -106,14 +108,14 @@ class RowsTask(TaskBase):
         pool = random.Random(self.seed).sample(found.rows, min(len(found.rows), POOL * sum(sizes.values())))
         unfit = [self.unfit(row, model, tokenizer) for row in tqdm(pool, "rows that fit", leave=False, delay=1)]
         fitting = [row for row, reason in zip(pool, unfit) if reason is None]
-        set_aside = {**found.set_aside, **Counter(filter(None, unfit))}
+        set_aside = Counter(filter(None, unfit))
         try:
             drawn = sources.split(replace(found, rows=tuple(fitting)), sizes, self.seed)
         except ValueError as error:
-            reasons = ", ".join(f"{reason} ({n})" for reason, n in set_aside.items()) or "nothing"
+            reasons = ", ".join(f"{reason} ({n})" for reason, n in (found.set_aside | set_aside).items()) or "nothing"
             raise ValueError(f"{str(error).removesuffix('.')}; set aside: {reasons}.") from None
         not_drawn = len(found.rows) - len(pool) + len(fitting) - sum(sizes.values())
-        return drawn, {f"read as {found.form}": found.total, **set_aside, "not drawn": not_drawn}
+        return drawn, {**found.account, **set_aside, "not drawn": not_drawn}
 
     def unfit(self, row: Row, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """Why a row cannot be used with a model; None where it can."""
@@ -122,11 +124,9 @@ class RowsTask(TaskBase):
             chosen, rejected = (encoding.encode(tokenizer, row.prompt, answer) for answer in (row.chosen, row.rejected))
         except ValueError:
             return "a conversation that the chat template does not take"
-        new_tokens = self.sizes.new_tokens
-        answer = new_tokens if self.is_on_policy else max(len(chosen.response), len(rejected.response))
-        if len(chosen.prompt) + max(answer, new_tokens) > most:
+        if len(chosen.prompt) + max(len(chosen.response), len(rejected.response), self.sizes.new_tokens) > most:
             return f"more than {most} tokens"
-        return "an answer that begins the other" if begins(chosen, rejected) else None
+        return "an answer that begins the other" if not self.is_on_policy and begins(chosen, rejected) else None
 
     factors = ("openings",)
 

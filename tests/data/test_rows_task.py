@@ -61,7 +61,7 @@ def test_every_row_is_accounted_for_and_no_prompt_is_in_two_splits(task, rows, t
     prompts = [pair.prompt for split in SPLITS for pair in found.pairs[split]]
     assert len(set(prompts)) == len(prompts) == 22
     assert found.account == {
-        "read as prompt, chosen and rejected as strings": 33, "another pair of the same prompt": 1,
+        "read as prompt, chosen and rejected, as strings": 33, "another pair of the same prompt": 1,
         "the same answer twice": 1, "more than 60 tokens": 1, "not drawn": 8,
     }  # fmt: skip
     by_prompt = {row["prompt"]: row for row in rows}
@@ -198,6 +198,16 @@ def test_on_policy_pairs_are_the_model_s_own_best_and_worst_by_the_score(task, r
         assert pair.sampled[0].prompt == encoding.encode(tokenizer, pair.prompt).prompt
         assert pair.prompt in {row["prompt"] for row in rows}
         assert not {pair.chosen, pair.rejected} & {row["chosen"] for row in rows}
+
+
+def test_prompts_alone_are_enough_for_the_model_s_own_answers(task, rows, talker, tokenizer, monkeypatch):
+    """And they give the very pairs that rows with answers give."""
+    monkeypatch.setitem(judges.JUDGES, "sentiment", lambda prompts, answers: np.array([len(a) for a in answers]))
+    whole, alone = (
+        task(some, data="onpolicy:{}", score="sentiment").draw(talker, tokenizer)
+        for some in (rows, [{"prompt": row["prompt"]} for row in rows])
+    )
+    assert alone.pairs == whole.pairs and alone.account["read as prompts alone"] == len(rows)
 
 
 def test_on_policy_pairs_need_a_score_of_their_own(task, rows):

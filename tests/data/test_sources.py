@@ -1,7 +1,9 @@
 """Preference data from elsewhere: each form gives its pairs, each row is accounted for, splits share no prompt."""
 
+import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import pickle
@@ -17,8 +19,9 @@ import pytest
 from pyarrow import parquet
 from trl import extract_prompt, maybe_extract_prompt
 
-from helpers.data import files, naming, sources
-from helpers.data.sources import Row, Rows
+from helpers.data import files, naming, sources, trees
+from helpers.data.sources import Rows
+from helpers.data.turns import Row
 
 HARMLESS = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf-harmless-base-test.jsonl.gz"
 PLAIN = {"prompt": "What is red?", "chosen": "A rose.", "rejected": "Snow."}
@@ -76,11 +79,11 @@ ASKED = (("user", "What is red?"),)
 @pytest.mark.parametrize(
     "row, prompt, form",
     [
-        (PLAIN, "What is red?", "prompt, chosen and rejected as strings"),
+        (PLAIN, "What is red?", "prompt, chosen and rejected, as strings"),
         (
             {"prompt": [user("What is red?")], "chosen": [assistant("A rose.")], "rejected": [assistant("Snow.")]},
             ASKED,
-            "prompt, chosen and rejected as messages",
+            "prompt, chosen and rejected, as messages",
         ),
         (
             {
@@ -88,7 +91,7 @@ ASKED = (("user", "What is red?"),)
                 "rejected": [user("What is red?"), assistant("Snow.")],
             },
             ASKED,
-            "chosen and rejected as messages that share their prompt",
+            "chosen and rejected that share their prompt, as messages",
         ),
         (  # UltraFeedback binarized, with the columns that its card shows
             {
@@ -101,17 +104,17 @@ ASKED = (("user", "What is red?"),)
                 "score_rejected": 7.0,
             },
             ASKED,
-            "prompt as a string, chosen and rejected as messages",
+            "prompt, chosen and rejected, as messages",
         ),
         (
             {"prompt": "What is red?", "chosen": [assistant("A rose.")], "rejected": [assistant("Snow.")]},
             ASKED,
-            "prompt as a string, chosen and rejected as messages",
+            "prompt, chosen and rejected, as messages",
         ),
         (
             {"chosen": dialogue("What is red?", "A rose."), "rejected": dialogue("What is red?", "Snow.")},
             ASKED,
-            "HH-RLHF dialogues",
+            "chosen and rejected that share their prompt, as HH-RLHF's dialogues",
         ),
     ],
 )
@@ -126,7 +129,6 @@ def test_the_same_pair_is_read_from_every_form(read, row, prompt, form):
         ("The sky is blue.", "The sky is green.", "The sky is"),
         ("Q: red? A: A rose.", "Q: red? A: Snow.", "Q: red? A:"),
         ("Is it?\nYes.", "Is it?\nNo.", "Is it?\n"),
-        ("It is blue.", "It is black.", "It is bl"),
         ("Two  spaces", "Two  others", "Two "),
     ],
 )
@@ -136,7 +138,7 @@ def test_a_prompt_in_both_strings_is_what_trl_finds_there(read, chosen, rejected
     expected = extract_prompt(row)
     assert expected["prompt"] == prompt
     assert found.rows == (Row(prompt, expected["chosen"], expected["rejected"]),)
-    assert found.form == "chosen and rejected as strings that share their prompt"
+    assert found.form == "chosen and rejected that share their prompt, as strings"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_a_row_of_strings_that_is_no_pair_is_set_aside_under_its_reason(read, ro
         ([user("q")], [assistant("a")], [{"role": "assistant"}], "a message without a role and a text"),
         ([user(None)], [assistant("a")], [assistant("b")], "a message without a role and a text"),
         ([user([{"type": "text"}])], [assistant("a")], [assistant("b")], "a message without a role and a text"),
-        (["q"], [assistant("a")], [assistant("b")], "a message without a role and a text"),
+        (["q", "r"], [assistant("a")], [assistant("b")], "a message without a role and a text"),
         *(
             (
                 prompt,
@@ -233,8 +235,9 @@ def test_messages_that_are_no_pair_are_set_aside_under_their_reason(read, prompt
     [
         ("Q. Yes", "Q. Yes", "the same answer twice"),
         ("Q. Yes", "Q. Yes, it is", "an empty answer"),
-        ("Yes", "No", "an empty prompt or turn"),
-        ("Yes ", "No", "an empty prompt or turn"),
+        ("Yes", "No", "no beginning that both answers share"),
+        (" Yes", " No", "no beginning that both answers share"),
+        ("It is blue.", "It is black.", "a shared beginning that ends within a word"),
     ],
 )
 def test_strings_without_a_prompt_and_two_answers_are_set_aside(read, chosen, rejected, reason):
@@ -258,7 +261,7 @@ def test_the_form_is_that_of_most_rows(read):
     bare = {"chosen": "The sky is blue", "rejected": "The sky is green"}
     assert read(bare, PLAIN, OTHER).rows == (Row(**PLAIN), Row(**OTHER))
     assert read(PLAIN, bare, {"chosen": "It is", "rejected": "It was"}).form.startswith(
-        "chosen and rejected as strings"
+        "chosen and rejected that share their prompt"
     )
 
 
@@ -343,7 +346,7 @@ def harmless():
 def test_every_row_of_hh_rlhf_is_accounted_for(harmless):
     """Against the text itself, cut at its marks by str's methods, row by row."""
     found, raw = harmless
-    assert found.total == len(raw) == 2312 and accounted(found) and found.form == "HH-RLHF dialogues"
+    assert found.total == len(raw) == 2312 and accounted(found) and found.form.endswith("as HH-RLHF's dialogues")
     reasons, kept, seen = Counter(), iter(found.rows), set()
     for row in raw:
         (chosen_prompt, _, chosen), (prompt, _, rejected) = (
@@ -479,7 +482,7 @@ def test_a_tree_deeper_than_python_recurses_is_read(read):
     chain = [message(f"p{i}", f"p{i - 1}" if i else None, "on") for i in range(3000)]
     table = [*chain, message("x0", "p0", "Yes.", 0), message("x1", "p0", "No.", 1)]
     assert read(*table).rows == (Row((("user", "on"),), "Yes.", "No."),)
-    assert len(sources._without_nesting([{"prompt": deep(3000)}])) == 3000
+    assert len(trees.without_nesting([{"prompt": deep(3000)}])) == 3000
 
 
 def deep(n):
@@ -500,6 +503,12 @@ def stored(tmp_path):
         path = tmp_path / f"pairs{suffix}"
         if ".parquet" in suffix:
             content = pd.DataFrame(rows).to_parquet()
+        elif ".csv" in suffix or ".tsv" in suffix:
+            file = io.StringIO()
+            table = csv.DictWriter(file, rows[0], delimiter="," if ".csv" in suffix else "\t")
+            table.writeheader()
+            table.writerows([{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows])
+            content = file.getvalue().encode()
         elif ".jsonl" in suffix:
             content = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
         else:
@@ -518,7 +527,11 @@ def test_every_kind_of_file_gives_the_same_rows(stored, read, suffix, form):
         "messages": [{"chosen": [user("q"), assistant("ä")], "rejected": [user("q"), assistant("ö")], "score": 1.5}],
         "OASST1": TREE,
     }[form]
-    assert sources.read(stored(rows, suffix)) == read(*rows)
+    if form == "OASST1" and suffix.startswith(tuple(naming.SEPARATORS)):  # ranks are text there
+        with pytest.raises(ValueError, match="hold none but fewer than two ranked answers"):
+            sources.read(stored(rows, suffix))
+    else:
+        assert sources.read(stored(rows, suffix)) == read(*rows)
 
 
 def test_a_file_is_read_offline_without_the_hub_s_library_and_leaves_nothing_behind(stored, tmp_path, monkeypatch):
@@ -586,7 +599,7 @@ def test_a_hub_id_is_known_by_its_commit(monkeypatch):
         ("a.jsonl", b"\n \n", "hold no rows"),
         ("a.jsonl", b'{"prompt": "p"}\n\n{"prompt": }\n', r"a\.jsonl is not JSON in line 3 \(Expecting value"),
         ("a.json", b'[\n{"prompt": "p"},\n{"prompt" "q"}]', r"a\.json is not JSON in line 3 \(Expecting ':'"),
-        ("a.json", b'{\n"prompt": "p"\n}', r"not JSON in line 1 .*one object a line or one list of objects"),
+        ("a.json", b'{\n"prompt": "p"\n', r"not JSON in line 1 .*one object a line or one list of objects"),
         ("a.jsonl", b"prompt,chosen,rejected\n", "not JSON in line 1"),
         ("a.jsonl", b"[" * 100_000, "not JSON in line 1"),
         ("a.jsonl", b'{"a":' * 100_000, "not JSON in line 1"),
@@ -599,22 +612,33 @@ def test_a_hub_id_is_known_by_its_commit(monkeypatch):
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00" + b"\x00" * 6 + b"\xff" * 20, "cannot be read"),
         ("a.parquet", b"no parquet", r"a\.parquet cannot be read"),
         ("a.parquet", b"", r"a\.parquet cannot be read"),
-        ("a.csv", b"prompt,chosen,rejected", r"a\.csv is of no kind that is read: give \.jsonl, \.json, \.parquet"),
+        ("a.csv", b"prompt,chosen,rejected", r"a\.csv hold no rows"),
+        ("a.tsv", b"prompt\tchosen\nq\n", r"a\.tsv has another number of fields in row 1 than names"),
+        ("a.csv", b'prompt,chosen\n"q,a\n', r"a\.csv is no table near line 1 \(unexpected end of data\)"),
+        ("a.txt", b"prompt", r"a\.txt is of no kind that is read: give \.jsonl, \.json, \.parquet"),
         ("a.gz", b"", "is of no kind that is read"),
         (
             "a.jsonl",
             b'{"question": "q", "score": 1}\n{"answer": "a"}',
-            "in their columns 'question', 'score', 'answer': give prompt",
+            "in their columns 'question', 'score', 'answer': the nearest form, .*, and this lacks .*; give prompt",
         ),
         (
             "a.jsonl",
             b'{"prompt": 1, "chosen": 2, "rejected": 3}',
-            "in their columns 'prompt', 'chosen', 'rejected': give",
+            r"hold none but a value missing, or of another kind than in the other rows \(1\): mend",
         ),
-        ("a.jsonl", b'{"prompt": {"text": "q"}, "chosen": "a"}', "in their columns 'prompt', 'chosen': give"),
-        ("a.jsonl", b'{"chosen": {"role": ["user"]}, "rejected": {}}', "in their columns 'chosen', 'rejected': give"),
-        ("a.jsonl", b'{"chosen": "It is", "rejected": "It is"}', r"hold no pair but the same answer twice \(1\): mend"),
-        ("a.jsonl", json.dumps(TREE[0]).encode(), "read as OASST1 message trees, hold no pair but no answers: mend"),
+        (
+            "a.jsonl",
+            b'{"prompt": {"text": "q"}, "chosen": "a"}',
+            "nearest form, prompt, chosen and rejected, needs .*, and this lacks 'rejected'",
+        ),
+        (
+            "a.jsonl",
+            b'{"chosen": {"role": ["user"]}, "rejected": {}}',
+            "hold none but an answer that is not the assistant's",
+        ),
+        ("a.jsonl", b'{"chosen": "It is", "rejected": "It is"}', r"hold none but the same answer twice \(1\): mend"),
+        ("a.jsonl", json.dumps(TREE[0]).encode(), "read as OASST1 message trees, hold none but no answers: mend"),
     ],
 )
 def test_a_file_that_is_no_preference_data_is_refused_in_one_sentence(tmp_path, name, content, message):
@@ -626,7 +650,7 @@ def test_a_file_that_is_no_preference_data_is_refused_in_one_sentence(tmp_path, 
 
 
 def test_a_parquet_file_without_preferences_is_refused_with_all_its_columns(stored):
-    with pytest.raises(ValueError, match="in their columns 'question', 'when': give"):
+    with pytest.raises(ValueError, match="in their columns 'question', 'when': the nearest"):
         sources.read(stored([{"question": "q", "when": pd.Timestamp("2023-04-12")}], ".parquet"))
 
 

@@ -1,0 +1,363 @@
+"""Every public form gives the pair that its card says, and nothing of a row is read wrongly in silence."""
+
+import json
+
+import pytest
+
+from helpers.data import forms, sources, trees, turns
+from helpers.data.turns import MISSING, Row
+from helpers.places import PROJECT
+
+ASKED = "What is red?"
+TURN = (("user", ASKED),)
+BEST, WORST = "A rose.", "Snow."
+RATED = [("A car.", 3.0), (BEST, 8.5), (WORST, 1.0)]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(*rows, prompts=False, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        return (sources.read_prompts if prompts else sources.read)(str(path))
+
+    return read
+
+
+# As the cards of the data sets show them; the words are ours.
+PUBLIC = {
+    "Orca pairs": (
+        [{"system": "", "question": ASKED, "chosen": BEST, "rejected": WORST}],
+        ASKED,
+    ),
+    "Orca pairs with a system prompt": (
+        [{"system": "Be brief.", "question": ASKED, "chosen": BEST, "rejected": WORST}],
+        (("system", "Be brief."), *TURN),
+    ),
+    "Orca pairs by distilabel": (
+        [{"system": "", "input": ASKED, "chosen": BEST, "rejected": WORST, "generations": [BEST, WORST],
+          "rating": [9, 2]}],
+        ASKED,
+    ),
+    "Alpaca-style DPO": (
+        [{"instruction": "What is this?", "input": "It is red.", "chosen": BEST, "rejected": WORST}],
+        "What is this?\nIt is red.",
+    ),
+    "Alpaca-style DPO without an input": (
+        [{"instruction": ASKED, "input": "", "output": BEST, "chosen": BEST, "rejected": WORST}],
+        ASKED,
+    ),
+    "chosen and rejected responses": (
+        [{"instruction": ASKED, "chosen_response": BEST, "rejected_response": WORST}],
+        ASKED,
+    ),
+    "PKU-SafeRLHF": (
+        [{"prompt": ASKED, "response_0": WORST, "response_1": BEST, "is_response_0_safe": True, "better_response_id": 1,
+          "safer_response_id": 0}],
+        ASKED,
+    ),
+    "SHP": (
+        [{"post_id": "x", "history": ASKED, "human_ref_A": BEST, "human_ref_B": WORST, "labels": 1, "score_A": 9}],
+        ASKED,
+    ),
+    "SHP, the second preferred": (
+        [{"post_id": "x", "history": ASKED, "human_ref_A": WORST, "human_ref_B": BEST, "labels": 0}],
+        ASKED,
+    ),
+    "HelpSteer 3": (
+        [{"domain": "general", "context": [user(ASKED)], "response1": BEST, "response2": WORST,
+          "overall_preference": -2}],
+        TURN,
+    ),
+    "HelpSteer 3, the second preferred": (
+        [{"context": [user("Hi."), assistant("Hi."), user(ASKED)], "response1": WORST, "response2": BEST,
+          "overall_preference": 3}],
+        (("user", "Hi."), ("assistant", "Hi."), *TURN),
+    ),
+    "HelpSteer 2": (
+        [{"prompt": ASKED, "response_1": WORST, "response_2": BEST, "preference_strength": 1}],
+        ASKED,
+    ),
+    "Nectar": (
+        [{"prompt": f"\n\nHuman: {ASKED}\n\nAssistant: ", "answers": [
+            {"answer": text, "model": "m", "rank": 9.0 - score} for text, score in RATED], "turns": 1}],
+        TURN,
+    ),
+    "raw UltraFeedback": (
+        [{"source": "x", "instruction": ASKED, "models": ["m"], "completions": [
+            {"response": text, "model": "m", "overall_score": score} for text, score in RATED]}],
+        ASKED,
+    ),
+    "KTO rows that share a prompt": (
+        [{"prompt": ASKED, "completion": WORST, "label": False}, {"prompt": ASKED, "completion": BEST, "label": True}],
+        ASKED,
+    ),
+    "KTO rows as messages": (
+        [{"prompt": [user(ASKED)], "completion": [assistant(text)], "label": text == BEST} for text in (BEST, WORST)],
+        TURN,
+    ),
+    "LLaMA-Factory's Alpaca form": (
+        [{"instruction": ASKED, "input": "", "output": [BEST, WORST]}],
+        ASKED,
+    ),
+    "LLaMA-Factory's ShareGPT form": (
+        [{"conversations": [human(ASKED)], "chosen": gpt(BEST), "rejected": gpt(WORST)}],
+        TURN,
+    ),
+    "persona evaluations": (
+        [{"question": ASKED, "statement": "Roses are.", "label_confidence": 0.9, "answer_matching_behavior": " Yes",
+          "answer_not_matching_behavior": " No"}],
+        ASKED,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_form_gives_the_pair_that_its_card_says(read, name):
+    rows, prompt = PUBLIC[name]
+    found = read(*rows)
+    answers = (" Yes", " No") if name == "persona evaluations" else (BEST, WORST)
+    assert found.rows == (Row(prompt, *answers),) and found.total == 1 and not found.set_aside
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": -1}, "no number of the preferred"),
+        ({"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "no number of the preferred answer"),
+        (
+            {"context": "q", "response1": "a", "response2": "b", "overall_preference": 0},
+            "answers as good as each other",
+        ),
+        ({"context": "q", "response1": "a", "response2": "b", "overall_preference": "1"}, "no number of the preferred"),
+        ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "fewer than two ranked answers"),
+        ({"instruction": "q", "completions": [{"response": x, "overall_score": 2} for x in "ab"]}, "all of one rank"),
+        ({"prompt": "q", "completion": "a", "label": True}, "no answer of the other label to its prompt"),
+        ({"instruction": "q", "output": ["a", "b", "c"]}, "3 answers, where two were expected"),
+        ({"instruction": "q", "output": "a"}, MISSING),
+    ],
+)
+def test_a_row_that_names_no_preferred_answer_is_not_guessed_at(read, row, reason):
+    with pytest.raises(ValueError, match=f"hold none but .*{reason}"):
+        read(row)
+
+
+def test_rows_of_one_label_are_paired_across_rows_and_prompts_are_counted(read):
+    rows = [{"prompt": p, "completion": c, "label": label} for p, c, label in (
+        ("q", "good", True), ("p", "only", True), ("q", "bad", False), ("q", "worse", False))]  # fmt: skip
+    found = read(*rows)
+    assert found.rows == (Row("q", "good", "bad"),) and found.total == 2
+    assert found.set_aside == {"no answer of the other label to its prompt": 1}
+
+
+def test_the_documents_name_every_column_of_every_form():
+    told = (PROJECT / "docs" / "models-and-data.md").read_text().lower()
+    columns = {name for form in forms.FORMS for name in (*form.needs, *form.prompt)} | {*trees.NEEDS, *turns.SYSTEMS}
+    assert [name for name in columns if f"`{name}`" not in told] == []
+
+
+# --- What stands beside the answers ---
+
+
+def test_names_are_read_in_any_case_and_an_exact_one_first(read):
+    assert read({"Prompt": ASKED, "Chosen": BEST, "REJECTED": WORST}).rows == (Row(ASKED, BEST, WORST),)
+    assert read({"Prompt": "another", "prompt": ASKED, "chosen": BEST, "rejected": WORST}).rows[0].prompt == ASKED
+
+
+def test_every_column_that_is_not_read_is_named(read):
+    found = read({"id": 3, "Source": "x", "prompt": ASKED, "chosen": BEST, "rejected": WORST, "score_chosen": 2})
+    assert found.unread == ("id", "Source")
+    assert found.account == {
+        "read as prompt, chosen and rejected, as strings": 1,
+        "column 'id' not read": 1,
+        "column 'Source' not read": 1,
+    }
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_prompt_of_a_column_is_the_first_turn(read, column):
+    told = (("system", "You are a pirate."), *TURN)
+    row = {column: "You are a pirate.", "prompt": ASKED, "chosen": BEST, "rejected": WORST}
+    assert read(row).rows == (Row(told, BEST, WORST),)
+    messages = {"chosen": [user(ASKED), assistant(BEST)], "rejected": [user(ASKED), assistant(WORST)]}
+    assert read({column: "You are a pirate.", **messages}).rows == (Row(told, BEST, WORST),)
+    whole = {"role": "system", "content": "You are a pirate."}
+    both = {name: [whole, *said] for name, said in messages.items()}
+    assert read({column: "You are a pirate.", **both}).rows == (Row(told, BEST, WORST),)
+    with pytest.raises(ValueError, match="two system prompts that disagree"):
+        read({column: "You are a nurse.", **both})
+
+
+def test_one_question_under_two_systems_is_two_prompts_and_one_opening(read):
+    rows = [
+        {"system": f"You are a {who}.", "prompt": ASKED, "chosen": who, "rejected": "no"} for who in ("cook", "spy")
+    ]
+    found = read(*rows).rows
+    assert len(found) == 2 and {row.opening for row in found} == {ASKED}
+
+
+def test_a_system_turn_that_the_prompt_alone_has_is_kept(read):
+    row = {
+        "prompt": [{"role": "system", "content": "Be brief."}, user(ASKED)],
+        "chosen": [user(ASKED), assistant(BEST)],
+        "rejected": [user(ASKED), assistant(WORST)],
+    }
+    assert read(row).rows == (Row((("system", "Be brief."), *TURN), BEST, WORST),)
+
+
+def test_turns_before_the_answers_go_on_from_the_prompt_or_the_row_is_set_aside(read):
+    row = {
+        "prompt": [user("Hi.")],
+        "chosen": [assistant("Hi."), user(ASKED), assistant(BEST)],
+        "rejected": [assistant("Hi."), user(ASKED), assistant(WORST)],
+    }
+    assert read(row).rows == (Row((("user", "Hi."), ("assistant", "Hi."), *TURN), BEST, WORST),)
+    other = {"prompt": "Why?", "chosen": [user(ASKED), assistant(BEST)], "rejected": [user(ASKED), assistant(WORST)]}
+    with pytest.raises(ValueError, match="a prompt that is not what stands before the answers"):
+        read(other)
+
+
+def test_a_prompt_that_both_answers_repeat_is_taken_off_and_said(read):
+    row = {"prompt": ASKED, "chosen": f"{ASKED}\n{BEST}", "rejected": f"{ASKED} {WORST}"}
+    found = read(row)
+    assert found.rows == (Row(ASKED, BEST, WORST),)
+    assert found.account["the prompt taken off the beginning of both answers"] == 1
+    assert read({"prompt": "A", "chosen": "Apple", "rejected": "Apply"}).rows == (Row("A", "Apple", "Apply"),)
+    with pytest.raises(ValueError, match="one answer alone that begins with the prompt"):
+        read({**row, "rejected": WORST})
+
+
+def test_whole_dialogues_beside_their_prompt_are_split_once(read):
+    asked = f"\n\nHuman: {ASKED}\n\nAssistant:"
+    found = read({"prompt": asked, "chosen": f"{asked} {BEST}", "rejected": f"{asked} {WORST}"})
+    assert found.rows == (Row(TURN, BEST, WORST),)
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_messages_that_were_written_as_text_are_messages(read, written):
+    row = {"chosen": written([user(ASKED), assistant(BEST)]), "rejected": written([user(ASKED), assistant(WORST)])}
+    assert read(row).rows == (Row(TURN, BEST, WORST),)
+    listed = {"prompt": ASKED, "chosen": '[{"a": 1}]', "rejected": "[{3}]"}  # an answer may be a list of its own
+    assert read(listed).rows == (Row(**listed),)
+
+
+def test_messages_of_other_makes_are_messages(read):
+    parts = {name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for name, text in
+             (("chosen", BEST), ("rejected", WORST))}  # fmt: skip
+    assert read({"prompt": [user(ASKED)], **parts}).rows == (Row(TURN, BEST, WORST),)
+    share = {"chosen": [human(ASKED), gpt(BEST)], "rejected": [human(ASKED), gpt(WORST)]}
+    assert read(share).rows == (Row(TURN, BEST, WORST),)
+    assert read({"prompt": ASKED, "chosen": assistant(BEST), "rejected": assistant(WORST)}).rows[0].chosen == BEST
+    assert read({"prompt": ASKED, "chosen": [BEST], "rejected": [WORST]}).rows == (Row(ASKED, BEST, WORST),)
+    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    with pytest.raises(ValueError, match="a message of more than text"):
+        read({"prompt": [picture], "chosen": [assistant(BEST)], "rejected": [assistant(WORST)]})
+
+
+@pytest.mark.parametrize("names", forms.SCORES)
+def test_scores_that_contradict_the_pair_set_it_aside(read, names):
+    rows = [
+        {"prompt": f"q{i}", "chosen": BEST, "rejected": WORST, names[0]: chosen, names[1]: rejected}
+        for i, (chosen, rejected) in enumerate([(5, 1), (1, 5), (3, 3.0), (None, 2)])
+    ]
+    found = read(*rows)
+    assert [row.prompt for row in found.rows] == ["q0", "q3"]
+    assert found.set_aside == {"a chosen answer scored below the other": 1, "answers scored alike": 1}
+
+
+# --- Where no column is the prompt ---
+
+
+def test_answers_without_a_beginning_to_share_are_refused_with_the_columns(read):
+    pairs = [("Gladly.", "No."), ("Of course.", "Never."), ("The sky is blue", "The sky is green")]
+    with pytest.raises(ValueError, match=r"no column for the prompt, and in 2 of 3 rows .*'topic', 'chosen'"):
+        read(*({"topic": "x", "chosen": one, "rejected": other} for one, other in pairs))
+
+
+def test_a_column_of_sentences_that_may_be_the_prompt_is_named(read):
+    rows = [{"asks": f"What is {n}?", "chosen": f"It is {n}, yes", "rejected": f"It is {n}, no"} for n in range(4)]
+    with pytest.raises(ValueError, match="have a column 'asks', which may be the prompt and is not read as one"):
+        read(*rows)
+    said = [{**row, "asks": row["chosen"]} for row in rows]
+    assert len(read(*said).rows) == 4  # a copy of an answer is no prompt
+    assert len(read(*({**row, "asks": "the same words"} for row in rows)).rows) == 4
+
+
+def test_a_null_prompt_gives_way_to_the_column_that_holds_it(read):
+    row = {"prompt": None, "question": ASKED, "chosen": "It is a rose", "rejected": "It is snow"}
+    assert read(row).rows == (Row(ASKED, "It is a rose", "It is snow"),)
+
+
+def test_the_nearest_form_is_named_with_what_it_lacks(read):
+    with pytest.raises(ValueError, match=r"the nearest form, SHP, needs 'history', .*, and this lacks 'labels'; give"):
+        read({"history": "q", "human_ref_A": "a", "human_ref_B": "b"})
+
+
+# --- Prompts alone ---
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"prompt": ASKED}, ASKED),
+        ({"question": ASKED, "answer": "x"}, ASKED),
+        ({"instruction": "What is this?", "input": "Red."}, "What is this?\nRed."),
+        ({"prompt": ASKED, "chosen": "same", "rejected": "same"}, ASKED),
+        ({"prompt": ASKED, "chosen": "", "rejected": None}, ASKED),
+        ({"messages": [user(ASKED), assistant(BEST)]}, TURN),
+        ({"conversations": [human(ASKED), gpt(BEST)]}, TURN),
+        ({"prompt": [user(ASKED)], "system": "Be brief."}, (("system", "Be brief."), *TURN)),
+        ({"prompt": f"\n\nHuman: {ASKED}\n\nAssistant:"}, TURN),
+        ({"chosen": [user(ASKED), assistant(BEST)], "rejected": [user(ASKED), assistant(WORST)]}, TURN),
+    ],
+)
+def test_prompts_alone_are_read_whatever_answers_there_are(read, row, prompt):
+    assert read(row, prompts=True).rows == (Row(prompt, "", ""),)
+
+
+def test_a_row_without_a_prompt_is_none_of_the_prompts(read):
+    found = read({"prompt": ASKED}, {"answer": "x"}, {"prompt": " "}, {"prompt": ASKED}, prompts=True)
+    assert len(found.rows) == 1 and found.total == 4
+    assert found.set_aside == {"no prompt": 1, "an empty prompt or turn": 1, "another pair of the same prompt": 1}
+    assert found.unread == ("answer",)
+
+
+# --- Files of other shapes ---
+
+PAIRS = [{"prompt": f"What is {n}?", "chosen": "A rose,\nred.", "rejected": 'So "snow".'} for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.json", json.dumps({"data": PAIRS}, indent=1)),
+        ("a.json", json.dumps({"version": 2, "train": PAIRS, "test": PAIRS[:1]})),
+        ("a.json", json.dumps({name: [row[name] for row in PAIRS] for name in PAIRS[0]})),
+        ("a.jsonl", "\n".join(json.dumps(row, indent=2) for row in PAIRS)),
+        ("a.jsonl", " ".join(json.dumps(row) for row in PAIRS)),
+        ("a.csv", "prompt,chosen,rejected\n" + "".join(
+            f'What is {n}?,"A rose,\nred.","So ""snow""."\n' for n in range(3))),
+        ("a.tsv", "prompt\tchosen\trejected\r\n" + "".join(
+            f'What is {n}?\t"A rose,\nred."\t"So ""snow""."\r\n' for n in range(3))),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_shape_gives_the_same_rows(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content.encode("utf-8-sig"))
+    assert sources.read(str(path)).rows == tuple(Row(**row) for row in PAIRS)
