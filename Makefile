@@ -14,6 +14,7 @@ export GOMP_SPINCOUNT := 1000
 export MALLOC_MMAP_THRESHOLD_ := $(if $(shell getconf GNU_LIBC_VERSION 2>/dev/null | awk '$$2 >= 2.35'),1073741824,33554432)
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
+$(if $(word 2,$(PROFILE)),$(error PROFILE=$(PROFILE) has a space in it, which make cannot pass on: rename the file or its folder))
 NAME := $(patsubst %.toml,%,$(notdir $(PROFILE)))
 BUILD := build/$(NAME)
 # What every notebook is run by: code, profiles and predictions.

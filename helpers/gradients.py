@@ -79,26 +79,54 @@ def layer_norm_jacobian(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return gain[:, None] * (torch.eye(d, dtype=x.dtype) - 1 / d - torch.outer(z, z) / d) / s
 
 
+class NormForm(NamedTuple):
+    """What a norm computes of x: (x, less its mean where `centred`) / sqrt(mean square + eps) * gain + bias."""
+
+    centred: bool
+    gain: Tensor  # (d,)
+    bias: Tensor | None
+    eps: float
+
+
 def apply_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """A model's final norm in x's own precision: transformers computes RMSNorm in float32, whatever the dtype."""
-    if isinstance(norm, nn.LayerNorm):
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
-    return F.rms_norm(x, norm.weight.shape, *_gain_and_eps(norm, x))
+    return _applied(norm_form(norm, x), x)
 
 
 def norm_jacobian(norm: nn.Module, x: Tensor) -> Tensor:
     """The Jacobian of a model's final norm, LayerNorm or RMSNorm, at x (d,): (d, d)."""
-    if isinstance(norm, nn.LayerNorm):
-        return layer_norm_jacobian(x, norm.weight.to(x), norm.eps)
-    return rms_norm_jacobian(x, *_gain_and_eps(norm, x))
+    form = norm_form(norm, x)
+    return (layer_norm_jacobian if form.centred else rms_norm_jacobian)(x, form.gain, form.eps)
 
 
-def _gain_and_eps(norm: nn.Module, x: Tensor) -> tuple[Tensor, float]:
-    """An RMSNorm's gain in x's precision and its epsilon; Gemma's gain is 1 + weight, which is told by trying."""
-    weight = norm.weight.detach().to(x)
-    seen = norm(torch.ones_like(norm.weight)).detach().to(x)
-    gain = min(weight, 1 + weight, key=lambda gain: (gain - seen).abs().max())
-    return gain, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+def norm_form(norm: nn.Module, x: Tensor) -> NormForm:
+    """What a model's norm computes, in x's precision, told by trying: Gemma's gain is 1 + weight, Cohere's RMSNorm in
+    name takes the mean off, OLMo's has no weight. Raises ValueError for a norm of another make."""
+    probe = torch.linspace(-1, 2, x.shape[-1])
+    seen = norm(probe.to(next(norm.parameters(), probe))).detach().to(x)
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    weight = torch.ones_like(probe).to(x) if weight is None else weight.detach().to(x)
+    bias = None if bias is None else bias.detach().to(x)
+    named = [getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)]
+    tried = [
+        NormForm(centred, gain, bias, float(eps))
+        for centred in (False, True)
+        for gain in (weight, 1 + weight)
+        for eps in named or (1e-5, 1e-6)
+    ]
+    errors = [(_applied(form, probe.to(x)) - seen).norm() / seen.norm() for form in tried]
+    error, form = min(zip(errors, tried), key=lambda both: both[0])
+    if not error < 1e-3:
+        raise ValueError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm that is known here.")
+    return form
+
+
+def _applied(form: NormForm, x: Tensor) -> Tensor:
+    shape = form.gain.shape
+    if form.centred:
+        return F.layer_norm(x, shape, form.gain, form.bias, form.eps)
+    scaled = F.rms_norm(x, shape, form.gain, form.eps)
+    return scaled if form.bias is None else scaled + form.bias
 
 
 def first_difference(chosen: list[int], rejected: list[int]) -> int:

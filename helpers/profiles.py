@@ -141,7 +141,8 @@ def resolved(given: str, folder: Path = Path()) -> str:
     """A path that exists in a folder, made absolute, since notebooks run in a folder of their own; anything else as it
     is. The file after `onpolicy:` too."""
     head, path = ("onpolicy:", given.removeprefix("onpolicy:")) if given.startswith("onpolicy:") else ("", given)
-    return f"{head}{(folder / path).resolve()}" if path and (folder / path).exists() else given
+    at = folder / Path(path).expanduser()
+    return f"{head}{at.resolve()}" if path and at.exists() else given
 
 
 def _read(path: Path, others: Sequence[str] = BUILT_IN) -> Profile:
@@ -172,6 +173,6 @@ def _table(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"The profile file {path} does not exist: give its path from the project's folder.")
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin it with a byte-order mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The profile file {path} is not valid TOML: {error}.") from error

@@ -261,3 +261,12 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"profile file nowhere\.toml does not exist"):
         profiles.load("nowhere.toml")
+
+
+def test_a_byte_order_mark_and_a_home_folder_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    path = tmp_path / "mine.toml"
+    path.write_bytes('extends = "smoke"\ndata = "~/pairs.jsonl"'.encode("utf-8-sig"))
+    assert profiles.load(str(path)).data == str(tmp_path / "pairs.jsonl")
+    assert profiles.resolved("onpolicy:~/pairs.jsonl") == f"onpolicy:{tmp_path / 'pairs.jsonl'}"

@@ -21,6 +21,7 @@ import pyarrow
 from pyarrow import parquet
 
 from helpers.data.naming import FORMATS, HUB_ID, SEPARATORS, is_file, refuse_folder
+from helpers.lm import hub
 
 datasets.disable_progress_bars()  # they would stay in the notebooks
 DEFAULT_SPLITS = ("train_prefs", "train")  # the pairs among UltraFeedback's splits, and what most call theirs
@@ -174,6 +175,7 @@ def _asking_the_hub(source: str) -> Iterator[None]:
 @cache  # for a process, a branch stays at one commit
 def _builder(source: str) -> datasets.DatasetBuilder:
     """What reads a data set of the hub at the commit that its revision names today: a branch moves."""
+    hub.offline_without_a_network()
     named = HUB_ID.fullmatch(source)
     with _asking_the_hub(source):
         builder = datasets.load_dataset_builder(named["name"], data_dir=named["folder"], revision=named["revision"])

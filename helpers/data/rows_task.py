@@ -122,8 +122,8 @@ class RowsTask(TaskBase):
         most = min(self.sizes.longest, architecture.context_length(model) or self.sizes.longest)
         try:
             chosen, rejected = (encoding.encode(tokenizer, row.prompt, answer) for answer in (row.chosen, row.rejected))
-        except ValueError:
-            return "a conversation that the chat template does not take"
+        except encoding.Unencodable as error:
+            return error.reason
         if len(chosen.prompt) + max(len(chosen.response), len(rejected.response), self.sizes.new_tokens) > most:
             return f"more than {most} tokens"
         return "an answer that begins the other" if not self.is_on_policy and begins(chosen, rejected) else None

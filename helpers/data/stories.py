@@ -56,15 +56,18 @@ class StoryTask(TaskBase):
         return ("story as asked for", "opposite story") if self.data == CONDITIONAL else ("happy story", "sad story")
 
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
-        """Pairs for each split, sampled from `model`; openings of different splits tell of different events."""
-        openings = {split: self.openings(split) for split in SPLITS}
+        """Pairs for each split, sampled from `model`; openings of different splits tell of different events. They end
+        in a space where the tokenizer's words do: elsewhere a space alone is a token that hardly any text goes on from.
+        """
+        end = " " if _ends_words_with_a_space(tokenizer) else ""
+        openings = {split: [f"{opening}{end}" for opening in self.openings(split)] for split in SPLITS}
         return best_and_worst(model, tokenizer, openings, self.rates, self.sizes, self.seed)
 
     def openings(self, split: str) -> list[str]:
         """The prompts of a split."""
         rng = random.Random(f"{self.seed}/{self.data}/{split}")
         openings = [
-            f"Once upon a time, there was {hero}. One day, {hero.split()[-1]} {event}. "  # its tokens end in a space
+            f"Once upon a time, there was {hero}. One day, {hero.split()[-1]} {event}."
             for hero, event in itertools.product(HEROES, EVENTS[split])
         ]
         return draw_prompts(rng, openings, getattr(self.sizes, split), split)
@@ -91,3 +94,8 @@ class StoryTask(TaskBase):
         """1 or 0 each: the continuation's score is on the preferred side of zero, it is not on the other one."""
         (score,) = self.rates([pair.prompt], [answer])
         return {"preferred": float(score > 0), "not_opposed": float(score >= 0)}
+
+
+def _ends_words_with_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the space between two words is the end of the first one's token, as in TinyStories-656K."""
+    return tokenizer.decode(tokenizer("day day", add_special_tokens=False)["input_ids"][:1]).endswith(" ")

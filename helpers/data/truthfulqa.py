@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers.data import files, naming
 from helpers.data.unavailable import Unavailable
-from helpers.lm import encoding, likelihoods, loading
+from helpers.lm import encoding, hub, likelihoods, loading
 from helpers.lm.batches import Tokens
 
 TRUTHFULQA = "truthfulqa/truthful_qa@741b8276f2d1982aa3d5b832d3ee81ed3b896490"
@@ -86,6 +86,7 @@ def truthfulqa_rows() -> list[dict]:
         if naming.is_file(source):
             rows, _ = files.rows_of(Path(source))
         else:
+            hub.offline_without_a_network()
             name, revision = loading.name_and_revision(source)
             rows = datasets.load_dataset(name, "multiple_choice", split="validation", revision=revision)
         if not len(rows):

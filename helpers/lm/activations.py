@@ -183,7 +183,7 @@ def _check(model: nn.Module, sequences: Sequence[Tokens], positions: Sequence[st
         raise ValueError(f"Unknown position {unknown[0]!r}: choose from {', '.join(POSITIONS)}.")
     if not sequences:
         raise ValueError("No prompts to read states at: give at least one.")
-    architecture.check_lengths(model, [len(s.ids) if s.prompt else 0 for s in sequences])
+    architecture.check_sequences(model, [s.ids if s.prompt else [] for s in sequences])
     if "response_mean" in positions:
         for i, sequence in enumerate(sequences):
             if not sequence.response:

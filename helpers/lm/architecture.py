@@ -7,10 +7,11 @@ the paper's h.
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 FINAL = "final"
@@ -19,11 +20,10 @@ SMALL = 50_000_000  # parameters
 
 def signature(model: nn.Module) -> dict:
     """What a steering vector must find again in a model: its architecture, its sizes and its unembedding's checksum."""
-    config = causal_lm(model).config.get_text_config()
     weight = unembedding(model).weight.detach().to("cpu", torch.float32).contiguous()
     return {
         "architecture": type(causal_lm(model)).__name__,
-        "width": config.hidden_size,
+        "width": width(model),
         "layers": len(blocks(model)),
         "unembedding": hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16],
     }
@@ -47,6 +47,18 @@ def unembedding(model: nn.Module) -> nn.Linear:
     return causal_lm(model).get_output_embeddings()
 
 
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens the unembedding scores."""
+    return unembedding(model).weight.shape[0]
+
+
+def width(model: nn.Module, site: str = FINAL) -> int:
+    """How many coordinates a state has: at `final` as many as the unembedding reads, which are fewer in OPT-350m."""
+    return (
+        causal_lm(model).config.get_text_config().hidden_size if site != FINAL else unembedding(model).weight.shape[1]
+    )
+
+
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks, in order. Raises ValueError where they cannot be found for sure."""
     n_layers = causal_lm(model).config.get_text_config().num_hidden_layers
@@ -61,15 +73,25 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return min(lists, key=lambda item: item[0])[1]
 
 
+@torch.no_grad()
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last block and the unembedding. Raises ValueError for an architecture without one."""
-    norms = [m for m in decoder(model).modules() if type(m).__name__.endswith("Norm") and not list(m.children())]
-    inside = {id(m) for block in blocks(model) for m in block.modules()}
-    outside = [norm for norm in norms if id(norm) not in inside]
-    if not outside:
+    """The norm between the last block and the unembedding: the one that `final` comes out of, as a forward pass of one
+    token tells. Raises ValueError for an architecture without one."""
+    inside = {id(module) for block in blocks(model) for module in block.modules()}
+    norms = [m for m in decoder(model).modules() if "norm" in type(m).__name__.lower() and id(m) not in inside]
+    came_out: list[tuple[nn.Module, Tensor]] = []
+    hooks = [norm.register_forward_hook(lambda norm, _, out: came_out.append((norm, out))) for norm in norms]
+    try:
+        one = torch.zeros((1, 1), dtype=torch.long, device=causal_lm(model).device)
+        final = decoder(model)(input_ids=one, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = [norm for norm, out in came_out if isinstance(out, Tensor) and torch.equal(out, final)]
+    if not found:
         architecture = type(causal_lm(model)).__name__
         raise ValueError(f"{architecture} has no final norm: its states enter the unembedding as they are.")
-    return outside[-1]
+    return found[-1]
 
 
 def sites(model: nn.Module) -> list[str]:
@@ -97,13 +119,20 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_lengths(model: nn.Module, lengths: list[int]) -> None:
-    """Raise ValueError if a sequence of these lengths (in tokens) is empty or longer than the model's context."""
-    limit = context_length(model)
-    for i, length in enumerate(lengths):
-        if length == 0:
+def check_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], more: int = 0) -> None:
+    """Raise ValueError if a sequence of token ids is empty, or with so many `more` tokens longer than the model's
+    context, or holds a token of which the model has no embedding."""
+    limit, known = context_length(model), causal_lm(model).get_input_embeddings().weight.shape[0]
+    for i, ids in enumerate(sequences):
+        if not ids:
             raise ValueError(f"Prompt {i} is empty: give it at least one token.")
-        if limit is not None and length > limit:
+        if limit is not None and len(ids) + more > limit:
             raise ValueError(
-                f"Prompt {i} needs {length} tokens and the model's context holds {limit}: shorten it or drop it."
+                f"Prompt {i} needs {len(ids) + more} tokens and the model's context holds {limit}: shorten it or drop "
+                "it."
+            )
+        if max(ids) >= known:
+            raise ValueError(
+                f"Prompt {i} holds the token {max(ids)}, and the model has {known} embeddings: its tokenizer is "
+                "another model's, or the text names a token that it never learned."
             )

@@ -24,7 +24,7 @@ def optimised_vector(
     scale: the root mean square of the site's states; Adam's steps are a tenth of it. The model itself stays as it is.
     """
     torch.manual_seed(seed)
-    width = architecture.causal_lm(model).config.get_text_config().hidden_size
+    width = architecture.width(model, site)
     v = nn.Parameter(1e-3 * scale * torch.randn(width))  # not zero: a dose of zero is no dose, and has no gradient
     optimiser = torch.optim.Adam([v], lr=scale / 10)
     epochs = [torch.randperm(len(pairs)).split(recipe.batch_size) for _ in range(recipe.epochs)]

@@ -71,13 +71,13 @@ def sample(
     are halved. Raises ValueError for an empty prompt or one that leaves no room for the answer, and for deltas of
     another shape or of no arm.
     """
-    architecture.check_lengths(model, [len(p) + new_tokens if p else 0 for p in prompts])
+    architecture.check_sequences(model, prompts, new_tokens)
     deltas = _checked(model, site, deltas, span, len(prompts))
     arms = 1 if deltas is None else len(deltas)
     each = arms * draws  # answers to a prompt
     answers = [[[]] * len(prompts) for _ in range(each)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max(1, min(MAX_ROWS, MAX_LOGITS // architecture.unembedding(model).out_features) // each)
+    step = max(1, min(MAX_ROWS, MAX_LOGITS // architecture.vocabulary(model)) // each)
 
     def compute(chunk: list[int]) -> tuple[list[int], list[list[int]]]:
         chosen = [order[i] for i in chunk]

@@ -7,6 +7,15 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers.lm.batches import Tokens
 
+
+class Unencodable(ValueError):
+    """A chat template cannot say a conversation. `reason`: why, in words that do not name it."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 Message = tuple[str, str]  # role ("user", "assistant" or "system") and content
 Prompt = str | tuple[Message, ...]  # plain text, or a conversation that ends with the user's turn
 
@@ -22,8 +31,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str = "
     """Token ids of a prompt and a response, by the tokenizer's chat template; a string is then the user's one turn.
 
     Without a template the format is plain text: the tokenizer's usual start, the prompt as it is, or a conversation as
-    HH-RLHF writes it (`plain`), the response and, as TRL does it, the end of the sequence. Raises ValueError for a
-    template that takes no such conversation.
+    HH-RLHF writes it (`plain`), the response and, as TRL does it, the end of the sequence. Raises Unencodable, a
+    ValueError, for a template that takes no such conversation.
     """
     if tokenizer.chat_template is None:
         return _as_text(tokenizer, prompt, response)
@@ -36,14 +45,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str = "
         messages.append({"role": "assistant", "content": response})
         whole = tokenizer.apply_chat_template(messages)["input_ids"]
     except jinja2.TemplateError as error:
-        raise ValueError(
+        raise Unencodable(
             f"The chat template of {tokenizer.name_or_path} does not take this conversation ({error}): use data of "
-            "another form, or a base model without a template."
+            "another form, or a base model without a template.",
+            "a conversation that the chat template does not take",
         ) from error
     if whole[: len(start)] != start:
-        raise ValueError(
+        raise Unencodable(
             f"The chat template of {tokenizer.name_or_path} renders a prompt alone and with its answer differently: "
-            "use a template whose prompt is a prefix."
+            "use a template whose prompt is a prefix.",
+            "a prompt that the chat template renders differently with its answer",
         )
     return Tokens(start, whole[len(start) :])
 
@@ -75,12 +86,21 @@ def _common_end(one: list[int], other: list[int]) -> list[int]:
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> Tokens:
     text, answer = (prompt, response) if isinstance(prompt, str) else (plain(prompt), f" {response}")
-    start = tokenizer(text)["input_ids"]
+    start = _begun(tokenizer, text)
     if not response:
         return Tokens(start)
     # as it goes on from the prompt: alone, some tokenizers (Llama 2's) begin it with a space of their own
-    whole = tokenizer(text + answer)["input_ids"]
+    whole = _begun(tokenizer, text + answer)
     goes_on = whole[: len(start)] == start
     ids = whole[len(start) :] if goes_on else tokenizer(answer, add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
     return Tokens(start, ids if end is None or ids[-1:] == [end] else [*ids, end])
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's token ids, with what the tokenizer begins texts with and without what it ends them with: a prompt goes
+    on."""
+    ids, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    extra = len(ids) - len(bare)
+    at = next((i for i in range(extra + 1) if ids[i : i + len(bare)] == bare), extra)
+    return ids[: at + len(bare)]

@@ -23,11 +23,11 @@ def response_logits(
     (arms, sequences, d) where every sequence has its own. All arms share the forward pass up to there; None is one arm
     without a change. progress: the name of a progress bar.
     """
-    architecture.check_lengths(model, [len(s.ids) if s.prompt else 0 for s in sequences])
+    architecture.check_sequences(model, [s.ids if s.prompt else [] for s in sequences])
     arms = 1 if deltas is None else len(deltas)
     if deltas is not None:
         deltas = steering.by_prompt(deltas, len(sequences))
-    vocabulary = architecture.unembedding(model).out_features
+    vocabulary = architecture.vocabulary(model)
     most = min(batches.MAX_BATCH_TOKENS, MAX_LOGITS // (arms * vocabulary))
 
     def compute(indices: list[int]) -> list[tuple[int, Tensor]]:

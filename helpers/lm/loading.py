@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.logging import disable_progress_bar
 
+from helpers.lm import hub
 from helpers.lm.architecture import blocks, causal_lm, unembedding
 
 disable_progress_bar()  # transformers' own bars; ours say what takes long
@@ -51,7 +52,7 @@ class BaseAndPartner:
             head = unembedding(model)
             if isinstance(head, nn.Linear):
                 return head.weight.cpu()
-            width = causal_lm(model).config.get_text_config().hidden_size
+            width = head.weight.shape[1]
             return head(torch.eye(width, dtype=head.weight.dtype, device=head.weight.device)).T.cpu()
 
     @contextmanager
@@ -74,10 +75,11 @@ def load(
     device, quantize: as in a Profile. No code from the model's repository is run and only safetensors are read. Raises
     FileNotFoundError or ValueError with one sentence that names the source and the remedy.
     """
+    hub.offline_without_a_network()
     name, revision = name_and_revision(source)
     kwargs = {"revision": revision, "trust_remote_code": False}
     if _looks_local(name) and not Path(name).is_dir():
-        raise FileNotFoundError(f"The model folder {name} does not exist: give an existing folder or a hub id.")
+        raise FileNotFoundError(_no_folder(name))
     placed = _placement(device, quantize)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
@@ -95,8 +97,14 @@ def load(
 
 
 def _check_whole(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
-    """Raise ValueError for a tokenizer of another model, and for weights that are not finite."""
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+    """Raise ValueError for an adapter, for a tokenizer of another model, and for weights that are not finite."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads its base with it, and says nothing
+        raise ValueError(
+            f"{name} is an adapter, and no whole model: give the base that it was trained on as MODEL= and it as "
+            "DPO_MODEL=, or merge it into that base first."
+        )
+    known, added = model.get_input_embeddings().weight.shape[0], tokenizer.added_tokens_decoder
+    if any(token >= known and token not in added for token in tokenizer.get_vocab().values()):  # Gemma 3 1B adds some
         raise ValueError(
             f"The tokenizer of {name} has more tokens than the model has embeddings: they do not belong together."
         )
@@ -107,11 +115,15 @@ def _check_whole(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def _sample_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Drop a repetition penalty or forbidden tokens that came with the checkpoint: they would bend what is sampled."""
+    """Drop a repetition penalty or forbidden tokens that came with the checkpoint: they would bend what is sampled.
+    And what a forward pass is told to put out besides."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(**special)
+    config = model.config.get_text_config()
     for name, token in special.items():
-        setattr(model.config.get_text_config(), name, token)
+        setattr(config, name, token)
+    if getattr(config, "output_router_logits", False):  # of a mixture of experts: only its own training loss reads them
+        config.output_router_logits = False
 
 
 def resolved_device(device: str) -> str:
@@ -155,7 +167,7 @@ def load_both(
     adapter = adapter_folder(partner)
     if adapter is not None:
         adapted = _with_adapter(model, source, adapter)
-        return BaseAndPartner(adapted, adapted, tokenizer)
+        return _differing(BaseAndPartner(adapted, adapted, tokenizer), partner)
     dpo, its_tokenizer = load(partner, dtype, device, quantize)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
@@ -163,7 +175,24 @@ def load_both(
         )
     if (len(blocks(dpo)), unembedding(dpo).weight.shape) != (len(blocks(model)), unembedding(model).weight.shape):
         raise ValueError(f"The models {source} and {partner} differ in size: base and partner have one architecture.")
-    return BaseAndPartner(model, dpo, tokenizer)
+    return _differing(BaseAndPartner(model, dpo, tokenizer), partner)
+
+
+@torch.no_grad()
+def _differing(both: BaseAndPartner, partner: str | Path) -> BaseAndPartner:
+    """The two, where a forward pass of a few tokens tells them apart. Raises ValueError where it does not."""
+    said = []
+    for role in ROLES:
+        with both.playing(role) as model:
+            few = torch.arange(min(8, unembedding(model).weight.shape[0]), device=causal_lm(model).device)
+            said.append(causal_lm(model)(input_ids=few[None], use_cache=False).logits)
+    if torch.equal(*said):
+        raise ValueError(
+            f"The partner {Path(partner).name} says just what its base does: it was not trained, or is the base itself."
+        )
+    for model in (both.base, both.dpo):  # which PEFT, to put an adapter on again, makes trainable
+        model.requires_grad_(False)
+    return both
 
 
 def adapter_folder(partner: str | Path) -> Path | None:
@@ -196,6 +225,9 @@ def name_and_revision(source: str | Path) -> tuple[str, str | None]:
 
 def _with_adapter(model: PreTrainedModel, source: str | Path, adapter: Path) -> PeftModel:
     try:
+        kind = PeftConfig.from_pretrained(str(adapter))
+        if kind.is_prompt_learning:
+            raise ValueError(f"{kind.peft_type.value} adds tokens before the prompt, and changes no state at a site")
         adapted = PeftModel.from_pretrained(model, str(adapter))
         unmatched = load_peft_weights(str(adapter), device="cpu").keys() ^ get_peft_model_state_dict(adapted).keys()
         if unmatched:  # PEFT leaves out what it finds no place for, and keeps untrained what it finds no weights for
@@ -240,12 +272,19 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def _no_folder(name: str) -> str:
+    if Path(name).is_file():
+        return f"The model {name} is a file: give the folder that holds it with its configuration and its tokenizer."
+    return f"The model folder {name} does not exist: give an existing folder or a hub id."
+
+
 def _commit(source: str | Path) -> str:
     """A hub id with the commit that its revision names today: a branch moves, and what was computed must not be taken
     for the new weights'."""
+    hub.offline_without_a_network()
     name, revision = name_and_revision(source)
     if _looks_local(name):
-        raise FileNotFoundError(f"The model folder {name} does not exist: give an existing folder or a hub id.")
+        raise FileNotFoundError(_no_folder(name))
     for file in ("config.json", "adapter_config.json"):
         try:
             found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -75,7 +75,7 @@ def check(model: nn.Module, site: str, delta: Tensor) -> None:
     """Raise ValueError for a site that the model does not have, and for deltas (..., d) that are not finite or of
     another width than its states."""
     architecture.site_layer(model, site)
-    width = architecture.causal_lm(model).config.get_text_config().hidden_size
+    width = architecture.width(model, site)
     if delta.shape[-1] != width:
         raise ValueError(f"A vector of width {delta.shape[-1]} does not fit a model of width {width}.")
     if not delta.isfinite().all():

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import find_executable_batch_size, release_memory
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -122,6 +123,7 @@ def dpo_trainer(
     is by default) and a multiple of their number. It decides neither which pairs are in a batch nor how many steps
     there are: gradients accumulate to the whole batch.
     """
+    without_dropout(model)
     if not recipe.rank:
         architecture.blocks(model).requires_grad_(True)
     trainer = _PreparedDPOTrainer(
@@ -133,6 +135,15 @@ def dpo_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Take all dropout out of a model, which TRL takes out of modules of torch alone: some keep its rate, or that at
+    which they skip whole blocks, as a number. The policy of DPO's first step is then its reference."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def _adapter(recipe: Recipe) -> LoraConfig:
@@ -158,6 +169,7 @@ def _arguments(model, recipe: Recipe, seed: int, folder: Path, at_once: int) -> 
         precompute_ref_log_probs=True,
         max_length=None,
         activation_checkpointing=False,
+        router_aux_loss_coef=0.0,  # of a mixture of experts: it is no part of DPO's loss
         **_mixed_precision(model),
         use_cpu=model.device.type == "cpu",
         seed=seed,

@@ -20,7 +20,7 @@ def divergences(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tens
     answered: the goal's own answers. deltas: what each arm adds to `role` at `final`, (arms, d) or (arms, N, d).
     """
     with role.opened() as model:
-        vocabulary = architecture.unembedding(model).out_features
+        vocabulary = architecture.vocabulary(model)
     parts, named = list(_in_memory(answered, vocabulary)), f"KL, {role.name} + {len(deltas)} doses"
     found = [
         _kl(role, goal, answered, deltas, part, named if len(parts) == 1 else f"{named}, part {i} of {len(parts)}")

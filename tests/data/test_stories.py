@@ -7,6 +7,8 @@ import json
 
 import pytest
 from conftest import tiny
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from helpers import profiles
 from helpers.data import stories
@@ -40,6 +42,16 @@ def plain_tokenizer(tokenizer):
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     return plain
+
+
+def test_openings_end_in_a_space_where_words_do(storyteller, plain_tokenizer, by_length):
+    """Elsewhere a lone space is a token of its own, from which hardly any text goes on."""
+    end_spaced = Tokenizer(models.WordLevel({"day ": 0, "day": 1, "x": 2}, unk_token="x"))
+    end_spaced.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+ ?"), "isolated")
+    assert stories._ends_words_with_a_space(PreTrainedTokenizerFast(tokenizer_object=end_spaced))
+    assert not stories._ends_words_with_a_space(plain_tokenizer)
+    pairs = task_of().draw(storyteller, plain_tokenizer).pairs
+    assert all(pair.prompt.endswith(".") for split in SPLITS for pair in pairs[split])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +95,7 @@ def test_the_wording_of_an_opening_is_its_event_whoever_it_befalls(drawn):
         for pair in drawn[split]:
             (event,) = task.levels(pair)
             assert event in stories.EVENTS[split]
-            assert pair.prompt.endswith(f" {event}. ")  # and no other event's, of which this one is a part
+            assert pair.prompt.endswith(f" {event}.")  # and no other event's, of which this one is a part
     assert len({task.levels(pair) for pair in drawn["heldout"]}) == len(stories.EVENTS["heldout"])
 
 

@@ -41,9 +41,10 @@ def test_the_signature_follows_the_unembedding_and_not_the_adapter_or_the_dtype(
 
 
 def test_the_final_norm_takes_the_last_residual_stream_to_final(model_type, model):
+    norm = architecture.final_norm(model)
     with torch.no_grad(), recorded(model, ARCHITECTURES[model_type][1]) as states:
         model(torch.tensor([random_ids(5, 1)]))
-        found = architecture.final_norm(model)(states[f"resid[{LAYERS}]"])
+        found = norm(states[f"resid[{LAYERS}]"])
     assert torch.equal(found, states["final"])
     assert architecture.final_norm(with_adapter(model)).weight.shape == (WIDTH,)
 
@@ -79,12 +80,18 @@ def test_unknown_sites_are_refused_with_the_known_ones(llama, site):
 def test_context_length(llama):
     assert architecture.context_length(llama) == architecture.context_length(tiny("gpt2")) == CONTEXT
     assert architecture.context_length(tiny("bloom")) is None
-    architecture.check_lengths(tiny("bloom"), [10_000])
-    architecture.check_lengths(llama, [1, CONTEXT])
+    architecture.check_sequences(tiny("bloom"), [[1] * 10_000])
+    architecture.check_sequences(llama, [[1], [1] * (CONTEXT - 3)], 3)
     with pytest.raises(
         ValueError, match="Prompt 1 needs 65 tokens and the model's context holds 64: shorten it or drop it"
     ):
-        architecture.check_lengths(llama, [1, CONTEXT + 1])
+        architecture.check_sequences(llama, [[1], [1] * (CONTEXT - 2)], 3)
+
+
+def test_a_token_without_an_embedding_is_refused_by_its_number(llama):
+    architecture.check_sequences(llama, [[VOCABULARY - 1]])
+    with pytest.raises(ValueError, match="Prompt 1 holds the token 61, and the model has 61 embeddings"):
+        architecture.check_sequences(llama, [[1], [2, VOCABULARY]])
 
 
 @pytest.mark.parametrize("at_most, small", [(8, True), (7, False)])

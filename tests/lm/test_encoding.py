@@ -4,7 +4,7 @@ answer."""
 import copy
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 
 from helpers.lm import encoding
 from helpers.lm.batches import Tokens
@@ -143,3 +143,30 @@ def test_an_answer_gets_its_end_unless_it_was_cut_before():
     assert encoding.ended([5, 6], 2, most=3) == [5, 6, 2]
     assert encoding.ended([5, 6, 7], 2, most=3) == [5, 6, 7]
     assert encoding.ended([], 2, most=3) == [2] and encoding.ended([5], None, most=3) == [5]
+
+
+@pytest.mark.parametrize("kind", ["$A <|end|>", "<|start|> $A <|end|>", "<|start|> $A"])
+def test_a_prompt_goes_on_whatever_the_tokenizer_puts_around_a_text(plain_tokenizer, kind):
+    """Some end every text by themselves: v* would be read at the end."""
+    made = copy.deepcopy(plain_tokenizer)
+    special = [(token, made.convert_tokens_to_ids(token)) for token in ("<|start|>", "<|end|>")]
+    backend = made.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single=kind, special_tokens=special)
+    bare = made("Once upon a time.", add_special_tokens=False)["input_ids"]
+    begins = [special[0][1]] if kind.startswith("<|start|>") else []
+    tokens = encoding.encode(made, "Once upon a time.", " It was red.")
+    assert encoding.encode(made, "Once upon a time.").prompt == tokens.prompt == [*begins, *bare]
+    assert tokens.response[-1] == made.eos_token_id and made.eos_token_id not in tokens.response[:-1]
+
+
+def test_why_a_template_cannot_say_a_conversation_is_told_apart(tokenizer):
+    strict, ahead = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(encoding.Unencodable) as refused:
+        encoding.encode(strict, "Hi")
+    assert refused.value.reason == "a conversation that the chat template does not take"
+    ahead.chat_template = tokenizer.chat_template + "{% if add_generation_prompt %}<think>{% endif %}"
+    assert encoding.encode(ahead, "Hi").prompt
+    with pytest.raises(encoding.Unencodable) as written_ahead:
+        encoding.encode(ahead, "Hi", "Hello")
+    assert written_ahead.value.reason == "a prompt that the chat template renders differently with its answer"

@@ -9,9 +9,12 @@ import pytest
 import torch
 from conftest import LAYERS, WIDTH, random_ids, tiny, with_adapter
 from huggingface_hub import constants
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
 
-from helpers.lm import architecture, loading
+from helpers.lm import architecture, decoding, likelihoods, loading
+from helpers.lm.batches import Tokens
 from helpers.world import pretraining
 
 
@@ -121,6 +124,75 @@ def test_a_tokenizer_of_another_model_is_refused(base, folder):
     tiny("llama", vocab_size=20).save_pretrained(folder)
     with pytest.raises(ValueError, match=rf"tokenizer of {folder} has more tokens than the model has embeddings"):
         loading.load(folder)
+
+
+def test_added_tokens_beyond_the_embeddings_are_no_reason_to_refuse(tokenizer, folder):
+    """As Gemma 3 1B has them. What is said with one is refused where it is read."""
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    more = copy.deepcopy(tokenizer)
+    more.add_special_tokens({"additional_special_tokens": ["<|picture|>"]})
+    more.save_pretrained(folder)
+    model, loaded = loading.load(folder)
+    spoken = loaded("Look: <|picture|>")["input_ids"]
+    with pytest.raises(ValueError, match=f"holds the token {len(tokenizer)}, and the model has {len(tokenizer)} emb"):
+        architecture.check_sequences(model, [spoken])
+
+
+def test_a_file_of_weights_is_refused_for_the_folder_that_holds_it(folder):
+    for source in (folder / "model.safetensors", str(folder / "config.json")):
+        for read in (loading.load, loading.content_id):
+            with pytest.raises(FileNotFoundError, match="is a file: give the folder that holds it"):
+                read(source)
+
+
+def test_an_adapter_with_tokens_of_its_own_is_read_through_its_head(folder):
+    """PEFT wraps the head for it where it is tied to the embeddings."""
+    model = copy.deepcopy(tiny("gpt2"))
+    config = LoraConfig(target_modules=["c_attn"], trainable_token_indices=[5, 6], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config).eval()
+    assert architecture.vocabulary(adapted) == 61 and architecture.width(adapted) == WIDTH
+    sequences = [Tokens([3, 4], [5, 6])]
+    found = likelihoods.response_logps(adapted, sequences, torch.zeros(1, WIDTH))
+    assert found[0, 0] == pytest.approx(likelihoods.response_logps(tiny("gpt2"), sequences)[0], rel=1e-6)
+
+
+def test_an_adapter_is_refused_as_a_model_of_its_own(tokenizer, folder, tmp_path):
+    adapted = with_adapter(AutoModelForCausalLM.from_pretrained(folder))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"is an adapter, and no whole model: .*DPO_MODEL=, or merge it"):
+        loading.load(tmp_path / "adapter")
+
+
+def test_a_partner_that_says_what_its_base_says_is_refused(base, folder, tmp_path):
+    untrained = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    untrained.save_pretrained(tmp_path / "untrained")
+    for partner in (tmp_path / "untrained", folder):
+        with pytest.raises(ValueError, match=f"The partner {partner.name} says just what its base does"):
+            loading.load_both(folder, partner)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_an_adapter_that_adds_tokens_is_refused_in_a_sentence(folder, tmp_path, kind):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), kind(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match="TUNING adds tokens before the prompt, and changes no state at a site"):
+        loading.load_both(folder, tmp_path / "prompt")
+
+
+def test_a_mixture_of_experts_puts_out_its_text_alone(folder, tokenizer):
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(
+        **sizes, intermediate_size=48, num_key_value_heads=2, num_local_experts=4, output_router_logits=True
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model, loaded = loading.load(folder)
+    assert decoding.sample(model, loaded, [[5, 6]], 3, 0)[0][0]
 
 
 def test_a_tokenizer_without_a_pad_token_gets_its_end_token(tokenizer, folder):

@@ -233,3 +233,9 @@ def test_a_changed_list_of_dependencies_renews_the_environment_before_any_notebo
     done = make(project, "figures", "PYTHON=./old")
     assert done.returncode != 0 and "Python 3.11 or newer is needed: make PYTHON=<one>." in done.stderr
     assert not (project / "calls").exists()
+
+
+def test_a_space_in_a_profile_s_path_is_refused_in_a_sentence(project):
+    done = make(project, "figures", "PROFILE=my folder/mine.toml")
+    assert done.returncode != 0 and "PROFILE=my folder/mine.toml has a space in it" in done.stderr
+    assert not (project / "build").exists()

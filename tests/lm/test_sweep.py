@@ -1,0 +1,159 @@
+"""Every causal language model of transformers that we know to work, tiny and with random weights: its parts, states,
+log-probabilities, greedy answers, steering, and the first loss of its training.
+
+What is found is held against forward passes and `generate` of transformers alone.
+"""
+
+import math
+import tempfile
+from functools import cache
+from inspect import get_annotations, signature
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import random_ids
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from helpers import gradients
+from helpers.lm import activations, architecture, decoding, likelihoods, training
+from helpers.lm.batches import Tokens
+from helpers.lm.recipe import Recipe
+
+VOCABULARY = 61
+SIZES = {  # under each of the names that configurations have for them
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 3),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("attention_heads", "decoder_attention_heads", "num_experts", "num_local_experts"), 4),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
+    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    "head_dim": 8, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TYPES = (
+    "apertus", "arcee", "biogpt", "bitnet", "bloom", "cohere", "cohere2", "cwm", "diffllama", "doge", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "falcon", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
+    "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium",
+    "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "mpt", "nanochat", "nemotron", "olmo", "olmo2",
+    "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
+)  # fmt: skip
+OWN = {name: {"logits_scaling": 4.0} for name in ("granite", "granitemoe", "granitemoeshared")}
+VARIANTS = {  # as OPT-350m: without a final norm, and with another width at `final` than in the blocks
+    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False})
+}
+NOT_PLAIN = {"cohere", "cohere2", "gemma2", "nanochat", "vaultgemma", *OWN}  # logits are more than W h
+SEQUENCES = [Tokens(random_ids(n, n), random_ids(m, 9 + m)) for n, m in ((4, 3), (6, 2), (2, 4))]
+PROMPTS = [tokens.prompt for tokens in SEQUENCES]
+
+
+@cache
+def drawn(model_type: str):
+    model_type, own = VARIANTS.get(model_type, (model_type, OWN.get(model_type, {})))
+    kind = type(AutoConfig.for_model(model_type))
+    known = {*signature(kind.__init__).parameters} | {name for one in kind.__mro__ for name in get_annotations(one)}
+    sizes = {name: value for name, value in SIZES.items() if name in known}
+    config = AutoConfig.for_model(model_type, **sizes | own)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # the default is so small that every model is nearly the same
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=[*TYPES, *VARIANTS])
+def model_type(request):
+    return request.param
+
+
+@pytest.fixture
+def model(model_type):
+    return drawn(model_type)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2")
+
+
+@torch.no_grad()
+def passed(model, tokens: Tokens):
+    """A forward pass of one sequence, alone and without padding."""
+    return model(input_ids=torch.tensor([tokens.ids]), output_hidden_states=True, use_cache=False)
+
+
+def test_states_are_those_of_a_plain_forward_pass_and_final_is_what_the_unembedding_reads(model, model_type):
+    sites = architecture.sites(model)
+    assert len(sites) == 5
+    found = activations.hidden_states(model, SEQUENCES, sites)
+    for i, tokens in enumerate(SEQUENCES):
+        plain, at = passed(model, tokens), len(tokens.prompt) - 1
+        for layer, states in enumerate(plain.hidden_states[:-1]):  # the last one is normed
+            expected = states[0, at]
+            torch.testing.assert_close(found[f"resid[{layer}]", "prompt_last"][i], expected, atol=2e-4, rtol=2e-4)
+        read = architecture.unembedding(model)(found["final", "prompt_last"][i])
+        is_plain = torch.allclose(read, plain.logits[0, at], atol=1e-3, rtol=1e-3)
+        assert is_plain == (model_type not in NOT_PLAIN)
+
+
+def test_the_final_norm_is_found_by_what_comes_out_of_it_and_its_form_is_told(model, model_type):
+    if model_type == "opt-350m":
+        with pytest.raises(ValueError, match="OPTForCausalLM has no final norm"):
+            architecture.final_norm(model)
+        return
+    norm, last = architecture.final_norm(model), architecture.sites(model)[-2]
+    found = activations.hidden_states(model, SEQUENCES, [last, "final"])
+    x = found[last, "prompt_last"].double()
+    torch.testing.assert_close(
+        gradients.apply_norm(norm, x).float(), found["final", "prompt_last"], atol=1e-4, rtol=1e-4
+    )
+    by_autograd = torch.autograd.functional.jacobian(lambda x: gradients.apply_norm(norm, x), x[0])
+    torch.testing.assert_close(gradients.norm_jacobian(norm, x[0]), by_autograd)
+
+
+def test_log_probabilities_are_the_model_s_own(model):
+    found = likelihoods.response_logps(model, SEQUENCES)
+    for tokens, logp in zip(SEQUENCES, found):
+        own = passed(model, tokens).logits[0].float().log_softmax(-1)[len(tokens.prompt) - 1 : -1]
+        assert logp == pytest.approx(own.gather(1, torch.tensor(tokens.response)[:, None]).sum().item(), abs=1e-3)
+
+
+def test_greedy_answers_are_those_of_generate_and_dose_0_adds_nothing(model, tokenizer):
+    v = 3 * torch.randn(2, architecture.width(model), generator=torch.Generator().manual_seed(1))
+    (greedy,) = decoding.sample(model, tokenizer, PROMPTS, 5, None)
+    swept = decoding.sample(model, tokenizer, PROMPTS, 5, None, "final", torch.stack([0 * v[0], v[0], v[1]]))
+    for i, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([prompt])
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0].tolist()
+        answer = whole[len(prompt) :]
+        assert greedy[i] == (answer[: answer.index(2)] if 2 in answer else answer) == swept[0][i]
+    assert swept[1] != swept[0] and swept[1] != swept[2]
+
+
+@pytest.mark.parametrize("site", ["resid[1]", "final"])
+def test_steering_moves_the_next_token_as_adding_to_the_states_does(model, tokenizer, site):
+    v = torch.randn(architecture.width(model, site), generator=torch.Generator().manual_seed(2))
+    (steered,) = decoding.sample(model, tokenizer, PROMPTS, 1, None, site, v[None])
+    for prompt, answer in zip(PROMPTS, steered):
+        with activations.hooked(model, site, lambda states: torch.cat([states[:, :-1], states[:, -1:] + v], dim=1)):
+            token = passed(model, Tokens(prompt)).logits[0, -1].argmax().item()
+        assert answer == ([] if token == 2 else [token])
+
+
+def test_the_first_loss_is_log_2(model, model_type, tokenizer):
+    """Without dropout, whatever it is kept as, and without a router's loss, DPO starts at its reference."""
+    chosen = SEQUENCES
+    rejected = [Tokens(tokens.prompt, random_ids(3, 40 + i)) for i, tokens in enumerate(SEQUENCES)]
+    drawn.cache_clear()  # what is trained is changed
+    fresh = drawn(model_type)
+    pairs = training.training_pairs(fresh, chosen, rejected)
+    with tempfile.TemporaryDirectory() as folder:
+        training.train(fresh, tokenizer, pairs, Recipe(batch_size=3), 0, Path(folder))
+        log = pd.read_csv(Path(folder) / "log.csv")
+    drawn.cache_clear()
+    assert log["loss"][0] == pytest.approx(math.log(2), abs=1e-4)
