@@ -92,6 +92,8 @@ def load(
         raise ValueError(_cannot_load(name, f"its weights lack {min(report['missing_keys'])}."))
     _check_whole(name, model, tokenizer, dtype)
     ensure_pad_token(tokenizer)
+    if dtype == "float64":
+        model.set_experts_implementation("eager")  # torch multiplies experts' matrices together in 32 bits or fewer
     _sample_plainly(model, tokenizer)
     return model.eval().requires_grad_(False), tokenizer
 

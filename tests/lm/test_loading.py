@@ -185,7 +185,7 @@ def test_an_adapter_that_adds_tokens_is_refused_in_a_sentence(folder, tmp_path, 
         loading.load_both(folder, tmp_path / "prompt")
 
 
-def test_a_mixture_of_experts_puts_out_its_text_alone(folder, tokenizer):
+def test_a_mixture_of_experts_puts_out_its_text_alone_and_is_exact_in_float64(folder, tokenizer):
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = MixtralConfig(
         **sizes, intermediate_size=48, num_key_value_heads=2, num_local_experts=4, output_router_logits=True
@@ -193,6 +193,8 @@ def test_a_mixture_of_experts_puts_out_its_text_alone(folder, tokenizer):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     model, loaded = loading.load(folder)
     assert decoding.sample(model, loaded, [[5, 6]], 3, 0)[0][0]
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loading.load(folder, "float64")[0](ids).logits.float(), model(ids).logits)
 
 
 def test_a_tokenizer_without_a_pad_token_gets_its_end_token(tokenizer, folder):
