@@ -16,7 +16,10 @@ def environment() -> Path:
     venv = BUILD / "venv"
     python, installed = venv / "bin" / "python", venv / "requirements.txt"
     if not installed.is_file() or installed.read_bytes() != REQUIREMENTS.read_bytes():
-        print("Installing repeng and nnsight into an environment of their own (once; some minutes) ...", flush=True)
+        print(
+            "Installing repeng, nnsight and steering-vectors into an environment of their own (once; some minutes) ...",
+            flush=True,
+        )
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--requirement", REQUIREMENTS], check=True)
@@ -25,10 +28,12 @@ def environment() -> Path:
 
 
 def main() -> int:
-    """Measure in the environment, offline and without progress bars; the exit status is that of the measurement."""
+    """Check exports and measure in the environment, offline and without progress bars; the exit status is that of the
+    first that fails."""
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [environment(), "-m", "benchmarks.measure", BUILD / "bench.json"]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet, "PYTHONPATH": str(ROOT)}).returncode
+    python, env = environment(), {**os.environ, **quiet, "PYTHONPATH": str(ROOT)}
+    commands = [python, "-m", "benchmarks.exports"], [python, "-m", "benchmarks.measure", BUILD / "bench.json"]
+    return next((code for one in commands if (code := subprocess.run(one, cwd=ROOT, env=env).returncode)), 0)
 
 
 if __name__ == "__main__":

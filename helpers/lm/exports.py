@@ -1,0 +1,183 @@
+"""Vectors that leave the house: a steering vector as other tools read it, and theirs as sites and vectors.
+
+Other tools add at every position, the prompt's too; so does `SteeringVector.applied`, unless it is told where to begin.
+"""
+
+import copy
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from helpers.lm import architecture, steering
+from helpers.lm.architecture import FINAL
+from helpers.lm.steering import SteeringVector
+
+KIND = "controlvector"  # what repeng and llama.cpp call such a file
+PROBE = 8  # tokens
+
+
+def control_vector(vector: SteeringVector, model: PreTrainedModel, path: Path, dose: float = 1.0) -> None:
+    """Write dose * v as a GGUF control vector, as repeng and llama.cpp read it: `direction.<n>` is added to what block
+    n, counted from 0, puts out: our resid[n + 1].
+
+    Raises ValueError for a site that they have no name for: `final`, the embeddings, and what the first block puts out,
+    whose number llama.cpp refuses.
+    """
+    vector.check_fits(model)
+    layer = architecture.site_layer(model, vector.site)
+    if layer is None or layer < 2:
+        raise ValueError(
+            f"A control vector is added after a block other than the first, and {vector.name} is one at {vector.site}: "
+            "take one of resid[2] or deeper, or the logit biases of one at final."
+        )
+    writer = gguf.GGUFWriter(path, KIND)
+    writer.add_string(f"{KIND}.model_hint", architecture.causal_lm(model).config.get_text_config().model_type)
+    writer.add_uint32(f"{KIND}.layer_count", 1)
+    writer.add_tensor(f"direction.{layer - 1}", (dose * vector.vector).float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def logit_biases(vector: SteeringVector, model: PreTrainedModel, dose: float = 1.0) -> Tensor:
+    """What dose * v at `final` adds to each token's logit, W v: (vocabulary,), as a table of logit biases.
+
+    Raises ValueError for a vector of another site, and where logits are more than W h (a soft cap, a scale).
+    """
+    vector.check_fits(model)
+    if vector.site != FINAL:
+        raise ValueError(f"Only a vector at final is a table of logit biases; {vector.name} is one at {vector.site}.")
+    bias = dose * architecture.unembedding(model).weight.detach().float().cpu() @ vector.vector
+    with steering.added(model, FINAL, dose * vector.vector):
+        steered = _logits(model)
+    _check_equal(steered, _logits(model) + bias, f"{type(model).__name__} does more to its logits than adding them up")
+    return bias
+
+
+def baked_in(vector: SteeringVector, model: PreTrainedModel, dose: float = 1.0) -> PreTrainedModel:
+    """A copy of the model in which dose * v is a bias: of the unembedding for a vector at `final`, else of the linear
+    map that its block puts out by. It is saved and loaded as any other model.
+
+    Raises ValueError where the architecture has no such bias.
+    """
+    vector.check_fits(model)
+    layer = architecture.site_layer(model, vector.site)
+    if layer == 0:
+        raise ValueError(f"The embeddings have no bias that {vector.name} could become: take a vector after a block.")
+    delta = dose * vector.vector
+    with steering.added(model, vector.site, delta):
+        steered = _logits(model)
+    baked = _with_biases(model)
+    for linear in _could_hold(baked, layer):
+        kept = linear.bias.detach().clone()
+        linear.bias += architecture.unembedding(baked).weight @ delta.to(kept) if layer is None else delta.to(kept)
+        if torch.allclose(_logits(baked), steered, atol=1e-4, rtol=1e-4):
+            return baked
+        linear.bias.copy_(kept)
+    where = "unembedding" if layer is None else f"block before {vector.site}"
+    raise ValueError(
+        f"{type(model).__name__} has no bias in its {where} that could be {vector.name}: add it by a hook, or export "
+        "it in another form."
+    )
+
+
+def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model, in Llama's architecture with biases of zero in the blocks' MLPs."""
+    config = copy.deepcopy(model.config)
+    if getattr(config, "mlp_bias", None) is not False:
+        return copy.deepcopy(model).requires_grad_(False)
+    config.mlp_bias = True
+    made = type(model)(config).to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
+    lacking = made.load_state_dict(model.state_dict(), strict=False).missing_keys
+    for name in lacking:
+        made.get_parameter(name).zero_()
+    made.generation_config = model.generation_config
+    return made
+
+
+def _could_hold(model: PreTrainedModel, layer: int | None) -> Iterator[nn.Module]:
+    """Linear maps with a bias: the unembedding, or those of a block, from its end on."""
+    width = architecture.width(model, FINAL if layer is None else "resid[1]")
+    within = [architecture.unembedding(model)] if layer is None else architecture.blocks(model)[layer - 1].modules()
+    for module in reversed(list(within)):
+        bias = getattr(module, "bias", None)
+        is_linear = getattr(module, "weight", torch.empty(0)).ndim == 2
+        if is_linear and isinstance(bias, Tensor) and (layer is None or bias.shape == (width,)):
+            yield module
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Of a few tokens, the same each time."""
+    ids = torch.arange(PROBE, device=model.device) % architecture.vocabulary(model)
+    return model(input_ids=ids[None], use_cache=False).logits.float().cpu()
+
+
+def _check_equal(found: Tensor, expected: Tensor, otherwise: str) -> None:
+    if not torch.allclose(found, expected, atol=1e-4, rtol=1e-4):
+        raise ValueError(f"{otherwise}, so this vector is no table of logit biases there: add it by a hook.")
+
+
+def directions(path: Path) -> dict[str, Tensor]:
+    """What another tool saved, {site: (d,)}: a GGUF control vector (repeng, llama.cpp), or steering-vectors'
+    `layer_activations`, kept as safetensors or by torch.save. No pickled code is read.
+
+    Raises FileNotFoundError or ValueError that names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"The file of vectors {path} does not exist.")
+    try:
+        found = _from_gguf(path) if path.suffix == ".gguf" else _from_tensors(path)
+    except pickle.UnpicklingError:  # whose text says how to run what is in it
+        raise ValueError(f"The file of vectors {path} holds more than tensors, which is not read.") from None
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+        raise ValueError(f"The file of vectors {path} cannot be read ({str(error).splitlines()[0]}).") from error
+    wrong = [n for n, v in found.items() if n < 0 or v.ndim != 1 or not v.isfinite().all()]
+    if wrong or not found:
+        raise ValueError(f"The file {path} holds no vectors after blocks, one finite one each: got {wrong or 'none'}.")
+    return {f"resid[{n + 1}]": vector for n, vector in sorted(found.items())}
+
+
+def _from_gguf(path: Path) -> dict[int, Tensor]:
+    reader = gguf.GGUFReader(path)
+    kind = reader.get_field("general.architecture")
+    if kind is None or kind.contents() != KIND:
+        raise ValueError("it is no control vector")
+    named = {tensor.name: torch.from_numpy(tensor.data.copy()).float() for tensor in reader.tensors}
+    return {int(m[1]): vector for name, vector in named.items() if (m := re.fullmatch(r"direction\.(\d+)", name))}
+
+
+def _from_tensors(path: Path) -> dict[int, Tensor]:
+    saved = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    return {int(layer): vector.float() for layer, vector in saved.items()}
+
+
+def card(vector: SteeringVector, base: str) -> str:
+    """The text of a model card for the hub, as Markdown: what the vector is, of which model, and how it is added."""
+    about = {"base_model": base, "library_name": "transformers", "tags": ["steering-vector", "dpo"]}
+    front = "\n".join(f"{name}: {json.dumps(value)}" for name, value in about.items())
+    made = json.dumps(vector.signature, sort_keys=True)
+    return f"""---
+{front}
+---
+# {vector.name}
+
+A steering vector of {base}: it is added to the states at `{vector.site}`, h + λ v, λ = 1 for the whole of it.
+
+- estimated at the position `{vector.position}`, as the mean over {vector.n_prompts} prompts, in {vector.dtype}
+- norm {vector.norm:.4g}, beside base states of a mean norm of {vector.state_norm:.4g}
+- for this model alone: `{made}`
+- profile `{vector.profile}` ({vector.profile_hash})
+
+What it does was measured on the prompts of that profile; on others it may do something else, or more.
+"""
