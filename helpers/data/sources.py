@@ -7,7 +7,7 @@ execute: no data set's script, no pickle.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from helpers.data import forms, trees, turns
@@ -46,25 +46,25 @@ def read(source: str) -> Rows:
     sentence that names the source and the remedy.
     """
     records, columns = _records(source)
-    form, items, row_of, reads = _recognised(records, source, columns)
-    found = _kept(source, form, items, row_of)
+    found = _recognised(records, source, columns)
     refused = found.set_aside.get(turns.NO_BEGINNING, 0) + found.set_aside.get(turns.WITHIN_A_WORD, 0)
     if 2 * refused > found.total:
         raise ValueError(
             f"The data {source} have no column for the prompt, and in {refused} of {found.total} rows the answers "
             f"share no beginning that could be one: name a column of {_quoted(columns)} prompt, or add it."
         )
-    unread = [name for name in columns if name.lower() not in reads]
-    return Rows(found.rows, found.set_aside, found.total, form, tuple(unread))
+    return _not_empty(found, source)
 
 
 def read_prompts(source: str) -> Rows:
     """The prompts of a source alone, whatever answers it has: each once. Errors as of `read`."""
     records, columns = _records(source)
-    found = _kept(source, "prompts alone", trees.without_nesting(records), forms.prompt_alone)
-    used = {name for names in forms.ALONE for name in names}
-    unread = [name for name in columns if name.lower() not in used | {*turns.SYSTEMS}]
-    return Rows(found.rows, found.set_aside, found.total, found.form, tuple(unread))
+    items, prompt_of, reads = trees.without_nesting(records), forms.prompt_alone, {*turns.SYSTEMS}
+    if trees.are_trees(items):
+        items, pair = trees.pairs(items)
+        prompt_of, reads = lambda item: Row(pair(item).prompt, "", ""), trees.READS
+    reads = reads | {name for names in forms.ALONE for name in names}
+    return _not_empty(_kept("prompts alone", items, prompt_of, columns, reads), source)
 
 
 def _records(source: str) -> tuple[list[dict], list[str]]:
@@ -78,9 +78,11 @@ def _records(source: str) -> tuple[list[dict], list[str]]:
     return [{named[name]: value for name, value in row.items() if name in named} for row in records], columns
 
 
-def _kept(source: str, form: str, items: list, row_of: Callable[..., Row]) -> Rows:
-    """The row of each item, the first of each prompt. Raises ValueError where there is none."""
-    kept, set_aside = {}, Counter()
+def _kept(
+    form: str, items: list, row_of: Callable[..., Row], columns: list[str], reads: Collection[str], others: int = 0
+) -> Rows:
+    """The row of each item, the first of each prompt; `others` are rows of another form."""
+    kept, set_aside = {}, Counter({turns.MISSING: others} if others else {})
     for item in items:
         try:
             row = row_of(item)
@@ -89,44 +91,56 @@ def _kept(source: str, form: str, items: list, row_of: Callable[..., Row]) -> Ro
             kept[row.prompt] = row
         except Unusable as reason:
             set_aside[str(reason)] += 1
-    no_beginning = {turns.NO_BEGINNING, turns.WITHIN_A_WORD} & set_aside.keys()  # of which `read` says more
-    if not kept and not no_beginning:
-        reasons = ", ".join(f"{reason} ({n})" for reason, n in set_aside.items()) or "no answers"
-        raise ValueError(f"The data {source}, read as {form}, hold none but {reasons}: mend or replace them.")
-    return Rows(tuple(kept.values()), dict(set_aside), len(items), form)
+    unread = tuple(name for name in columns if name.lower() not in reads)
+    return Rows(tuple(kept.values()), dict(set_aside), len(items) + others, form, unread)
 
 
-def _recognised(records: list[dict], source: str, columns: list[str]) -> tuple[str, list, Callable[..., Row], set[str]]:
-    """The form of most records, the items that are each to be a pair, what makes a pair of one, and the columns read.
-    Raises ValueError where there is no form."""
+def _not_empty(found: Rows, source: str) -> Rows:
+    """What was found. Raises ValueError where that is nothing."""
+    if not found.rows:
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in found.set_aside.items()) or "no answers"
+        raise ValueError(f"The data {source}, read as {found.form}, hold none but {reasons}: mend or replace them.")
+    return found
+
+
+def _recognised(records: list[dict], source: str, columns: list[str]) -> Rows:
+    """The pairs in the form of most records. Raises ValueError where there is no form."""
     records = trees.without_nesting(records)
-    if set().union(*records) >= {*trees.NEEDS}:
-        return "OASST1 message trees", *trees.pairs(records), trees.READS
-    fitting = Counter(form for form in map(forms.form_of, records) if form is not None)
+    if trees.are_trees(records):
+        return _kept("OASST1 message trees", *trees.pairs(records), columns, trees.READS)
+    by_form = defaultdict(list)
+    for record in records:
+        by_form[forms.form_of(record)].append(record)
+    fitting = [form for form in by_form if form is not None]
     if not fitting:
-        near = forms.nearest(columns)
-        lacks = [name for name in near.needs if name not in {column.lower() for column in columns}]
-        without = f"lacks {_quoted(lacks)}" if lacks else "has no value in some of them"
-        raise ValueError(
-            f"The data {source} hold no preferences in their columns {_quoted(columns)}: the nearest form, "
-            f"{near.name}, needs {_quoted(near.needs)}, and this {without}; give {ACCEPTED}."
-        )
-    form = fitting.most_common(1)[0][0]
-    items = form.merge([record for record in records if forms.form_of(record) is form]) + [
-        record for record in records if forms.form_of(record) is not form
-    ]
-    kinds = Counter(filter(None, (forms.kind(form, item) for item in items if forms.form_of(item) is form)))
-    kind = kinds.most_common(1)[0][0] if kinds else None
+        raise ValueError(f"The data {source} hold no preferences in their columns {_nearest(columns)}.")
+    form = max(fitting, key=lambda form: len(by_form[form]))
+    items, others = form.merge(by_form[form]), len(records) - len(by_form[form])
+    kinds = [forms.kind(form, item) for item in items]
+    kind = next((kind for kind, _ in Counter(filter(None, kinds)).most_common(1)), None)
     if not form.prompt and kind == "strings":
-        _refuse_a_prompt_elsewhere(records, source, columns)
+        _refuse_a_prompt_elsewhere(by_form[form], source, columns)
 
-    def parse(record: dict) -> Row:
-        row = forms.pair(form, record) if forms.form_of(record) is form else None
-        if row is None or forms.kind(form, record) != kind:
+    def parse(item: tuple[dict, str | None]) -> Row:
+        record, its_kind = item
+        row = forms.pair(form, record)
+        if its_kind != kind:
             raise Unusable(turns.MISSING)
         return row
 
-    return f"{form.name}, as {kind}" if kind else form.name, items, parse, {*form.reads}
+    name = f"{form.name}, as {kind}" if kind else form.name
+    return _kept(name, list(zip(items, kinds)), parse, columns, form.reads, others)
+
+
+def _nearest(columns: list[str]) -> str:
+    """Columns that are of no form, the form that is nearest, and what they lack of it."""
+    near, has = forms.nearest(columns), {column.lower() for column in columns}
+    lacks = [name for name in near.needs if name not in has]
+    without = f"lacks {_quoted(lacks)}" if lacks else "has no value in some of them"
+    return (
+        f"{_quoted(columns)}: the nearest form, {near.name}, needs {_quoted(near.needs)}, and this {without}; give "
+        f"{ACCEPTED}"
+    )
 
 
 def _refuse_a_prompt_elsewhere(records: list[dict], source: str, columns: list[str]) -> None:

@@ -10,6 +10,11 @@ NEEDS = ("message_id", "parent_id", "role", "text", "rank")
 READS = {*NEEDS, "deleted", "review_result"}
 
 
+def are_trees(records: Sequence[dict]) -> bool:
+    """Whether rows are messages of trees."""
+    return set().union(*records) >= {*NEEDS}
+
+
 def without_nesting(records: list[dict]) -> list[dict]:
     """OASST1's tree files hold a tree a row, each message in its parent's `replies`: its messages instead, in rows."""
     trees = [record["prompt"] for record in records if isinstance(record.get("prompt"), dict)]

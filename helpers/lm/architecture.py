@@ -54,9 +54,9 @@ def vocabulary(model: nn.Module) -> int:
 
 def width(model: nn.Module, site: str = FINAL) -> int:
     """How many coordinates a state has: at `final` as many as the unembedding reads, which are fewer in OPT-350m."""
-    return (
-        causal_lm(model).config.get_text_config().hidden_size if site != FINAL else unembedding(model).weight.shape[1]
-    )
+    if site == FINAL:
+        return unembedding(model).weight.shape[1]
+    return causal_lm(model).config.get_text_config().hidden_size
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

@@ -60,7 +60,11 @@ def logit_biases(vector: SteeringVector, model: PreTrainedModel, dose: float = 1
     bias = dose * architecture.unembedding(model).weight.detach().float().cpu() @ vector.vector
     with steering.added(model, FINAL, dose * vector.vector):
         steered = _logits(model)
-    _check_equal(steered, _logits(model) + bias, f"{type(model).__name__} does more to its logits than adding them up")
+    if not torch.allclose(steered, _logits(model) + bias, atol=1e-4, rtol=1e-4):
+        raise ValueError(
+            f"The logits of {type(model).__name__} are more than W h, so {vector.name} is no table of logit biases "
+            "there: add it by a hook."
+        )
     return bias
 
 
@@ -121,11 +125,6 @@ def _logits(model: PreTrainedModel) -> Tensor:
     """Of a few tokens, the same each time."""
     ids = torch.arange(PROBE, device=model.device) % architecture.vocabulary(model)
     return model(input_ids=ids[None], use_cache=False).logits.float().cpu()
-
-
-def _check_equal(found: Tensor, expected: Tensor, otherwise: str) -> None:
-    if not torch.allclose(found, expected, atol=1e-4, rtol=1e-4):
-        raise ValueError(f"{otherwise}, so this vector is no table of logit biases there: add it by a hook.")
 
 
 def directions(path: Path) -> dict[str, Tensor]:

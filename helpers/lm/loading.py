@@ -25,7 +25,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.logging import disable_progress_bar
 
 from helpers.lm import hub
-from helpers.lm.architecture import blocks, causal_lm, unembedding
+from helpers.lm.architecture import blocks, causal_lm, unembedding, vocabulary
 
 disable_progress_bar()  # transformers' own bars; ours say what takes long
 ROLES = ("base", "dpo")
@@ -186,7 +186,7 @@ def _differing(both: BaseAndPartner, partner: str | Path) -> BaseAndPartner:
     said = []
     for role in ROLES:
         with both.playing(role) as model:
-            few = torch.arange(min(8, unembedding(model).weight.shape[0]), device=causal_lm(model).device)
+            few = torch.arange(min(8, vocabulary(model)), device=causal_lm(model).device)
             said.append(causal_lm(model)(input_ids=few[None], use_cache=False).logits)
     if torch.equal(*said):
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Every public form gives the pair that its card says, and nothing of a row is read wrongly in silence."""
+"""Every public form gives its pair, and nothing of a row is read wrongly in silence."""
 
 import json
 
 import pytest
+from test_sources import TREE, assistant, user
 
 from helpers.data import forms, sources, trees, turns
 from helpers.data.turns import MISSING, Row
@@ -12,14 +13,6 @@ ASKED = "What is red?"
 TURN = (("user", ASKED),)
 BEST, WORST = "A rose.", "Snow."
 RATED = [("A car.", 3.0), (BEST, 8.5), (WORST, 1.0)]
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def human(text):
@@ -40,7 +33,7 @@ def read(tmp_path):
     return read
 
 
-# As the cards of the data sets show them; the words are ours.
+# Columns as these data sets are known to have them (none was downloaded here); the words are ours.
 PUBLIC = {
     "Orca pairs": (
         [{"system": "", "question": ASKED, "chosen": BEST, "rejected": WORST}],
@@ -129,7 +122,7 @@ PUBLIC = {
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_form_gives_the_pair_that_its_card_says(read, name):
+def test_a_public_form_gives_its_pair(read, name):
     rows, prompt = PUBLIC[name]
     found = read(*rows)
     answers = (" Yes", " No") if name == "persona evaluations" else (BEST, WORST)
@@ -329,6 +322,17 @@ def test_the_nearest_form_is_named_with_what_it_lacks(read):
 )
 def test_prompts_alone_are_read_whatever_answers_there_are(read, row, prompt):
     assert read(row, prompts=True).rows == (Row(prompt, "", ""),)
+
+
+def test_prompts_of_message_trees_are_those_of_their_pairs(read):
+    pairs, alone = read(*TREE), read(*TREE, prompts=True)
+    assert [row.prompt for row in alone.rows] == [row.prompt for row in pairs.rows] and len(alone.rows) == 2
+
+
+def test_rows_of_another_form_are_set_aside_whatever_they_lack(read):
+    rows = [{"chosen": f"It is {n}, yes", "rejected": f"It is {n}, no", "note": "some words"} for n in range(3)]
+    found = read(*rows, {"note": "no answers"}, {"chosen": None, "note": "none"})
+    assert len(found.rows) == 3 and found.set_aside == {MISSING: 2} and found.total == 5
 
 
 def test_a_row_without_a_prompt_is_none_of_the_prompts(read):
