@@ -21,6 +21,9 @@ BUILD := build/$(NAME)
 HOUSE := $(shell find helpers -name '*.py') $(wildcard profiles/*.toml) predictions.toml
 ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
 WORLDS := $(filter %_worlds,$(ALL))
+# One page about a pair: the organism's, or another by a profile that takes minutes. Beside a ready partner, prompts do.
+PAIR := $(if $(filter file,$(origin PROFILE)),$(if $(MODEL),report,$(PROFILE)),$(PROFILE))
+PROMPTS := $(if $(and $(DPO_MODEL),$(DATA)),$(if $(filter onpolicy:% prompts:%,$(DATA)),,prompts:))$(DATA)
 NOTEBOOKS := $(filter-out $(WORLDS),$(ALL))
 EXECUTED := $(NOTEBOOKS:%=$(BUILD)/%.ipynb)
 RUN := $(BIN)/python -m tools.headless
@@ -72,6 +75,10 @@ chromium: ## look for a Chromium for test-browser, and install Debian's where th
 worlds: ## pretrain eight organisms, train DPO and its controls on each, and measure the claims over them
 	$(MAKE) $(WORLDS:%=build/worlds/%.ipynb) PROFILE=worlds
 
+.PHONY: report
+report: ## write one page about a base and its partner: MODEL=, DPO_MODEL= and DATA=<prompts>, or the organism's
+	$(MAKE) figures/$(patsubst %.toml,%,$(notdir $(PAIR)))/report.html PROFILE="$(PAIR)" DATA="$(PROMPTS)"
+
 .PHONY: lab
 lab: $(VENV)/installed ## open JupyterLab in the project's environment
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -122,6 +129,10 @@ $(VENV)/browser: $(VENV)/installed
 # A notebook runs again when it, the code, a profile, MODEL=, DPO_MODEL= or DATA=, or a judge has changed.
 $(BUILD)/%.ipynb: notebooks/%.ipynb $(HOUSE) $(VENV)/installed $(BUILD)/choice $(wildcard $(filter %.toml,$(PROFILE)))
 	@$(RUN) $* $(CHOICE)
+
+figures/$(NAME)/report.html: $(BUILD)/one_page.ipynb
+	$(BIN)/python -m tools.page $< $@
+	@echo "The page is $@."
 
 $(BUILD)/choice: always
 	@mkdir -p $(@D)

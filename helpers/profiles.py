@@ -36,7 +36,8 @@ class Profile(Settings):
     data: "atlas:<family>" (the organism's preference families), "atlas:<family>+<family>" (a mixture of them in equal
     shares), "onpolicy:vader" (story continuations sampled from the model itself, the happiest and the saddest by VADER
     as chosen and rejected), "onpolicy:vader-conditional" (the saddest preferred for half of the heroes), the file or
-    hub id of pairs (helpers/data/sources.py), or "onpolicy:<file or hub id>": its prompts, answered by the model.
+    hub id of pairs (helpers/data/sources.py), "onpolicy:<file or hub id>": its prompts, answered by the model, or
+    "prompts:<file or hub id>": its prompts alone, on which a ready partner is looked at.
     score: what judges answers where pairs come from elsewhere; on-policy pairs are its best and worst.
     device: "auto" is the first of cuda, mps and cpu that there is, "spread" accelerate's device map, for a model larger
     than one GPU. quantize: "4bit" is bitsandbytes'.
@@ -77,8 +78,7 @@ class Profile(Settings):
     @field_validator("data")
     @classmethod
     def _exists(cls, data: str) -> str:
-        source = data.removeprefix("onpolicy:")
-        if source:
+        if source := naming.split_prefix(data)[1]:
             naming.refuse_folder(source)
         if not catalogue.is_known(data):
             raise ValueError(
@@ -101,6 +101,15 @@ class Profile(Settings):
             raise ValueError(
                 f"profile.dpo_model: the ready partner {self.dpo_model!r} needs the base that it was trained from: "
                 "give MODEL= too."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_alone_train_nothing(self) -> Self:
+        if self.data.startswith(naming.PROMPTS) and not self.dpo_model:
+            raise ValueError(
+                f"profile.data: {self.data!r} say nothing of what is preferred: give a ready partner of the model with "
+                "DPO_MODEL= too, or pairs with DATA=."
             )
         return self
 
@@ -139,8 +148,8 @@ def load(name_or_path: str, model: str | None = None, data: str | None = None, d
 
 def resolved(given: str, folder: Path = Path()) -> str:
     """A path that exists in a folder, made absolute, since notebooks run in a folder of their own; anything else as it
-    is. The file after `onpolicy:` too."""
-    head, path = ("onpolicy:", given.removeprefix("onpolicy:")) if given.startswith("onpolicy:") else ("", given)
+    is. The file after `onpolicy:` or `prompts:` too."""
+    head, path = naming.split_prefix(given)
     at = folder / Path(path).expanduser()
     return f"{head}{at.resolve()}" if path and at.exists() else given
 

@@ -90,6 +90,13 @@ def random_displacements(norms: Tensor, d: int, seed: int) -> Tensor:
     return directions * (norms.double() / directions.norm(dim=1))[:, None]
 
 
+def random_like(H: Tensor, n: int, seed: int) -> Tensor:
+    """n random directions with the covariance of the rows of H, (N, d): (n, d), float64."""
+    H = H.double()
+    weights = torch.randn(n, len(H), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return weights @ (H - H.mean(0)) / math.sqrt(len(H))
+
+
 def matched_shifts(v: Tensor, mean: Tensor, n: int, seed: int) -> Tensor:
     """The null for what a shift v, (d,), does to states with this mean, (d,): n random shifts with v's norm and its
     cosine to the mean, (n, d). Whatever lies along the mean lowers the uncentred entropy."""

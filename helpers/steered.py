@@ -20,8 +20,12 @@ from helpers.stages.one_vector import one_vector
 from helpers.stages.sampled import Answers, sampled, under_arms
 from helpers.stages.site_choice import USUAL
 from helpers.stages.states import final_states, states
-from helpers.stages.verdicts import verdicts
+from helpers.stages.tilted import nearest_vector
+from helpers.stages.verdicts import verdicts, with_ends
 from helpers.subject import Subject
+
+ANSWERED = 128  # held-in prompts whose answers by the partner v_opt is found on,
+CONTEXTS = 1024  # and tokens of them
 
 
 class Steered(Subject):
@@ -78,6 +82,17 @@ class Steered(Subject):
     def token_vector(self) -> SteeringVector:
         """v_token: the mean of the held-in pairs' e_w - e_l."""
         return self._steering_vector(self.token_vectors().double().mean(0).float(), FINAL, "prompt_last", "v_token")
+
+    def nearest_vector(self) -> Tensor:
+        """v_opt, (d,): the constant vector at `final` that takes the base nearest to its partner in KL, on the
+        partner's answers to ANSWERED held-in prompts (lm/tilts.py). Raises NoBias where logits are more than W h."""
+        answered = self.answered("dpo", self.prompts("heldin")[:ANSWERED])
+        return nearest_vector(*map(self.lm.role, loading.ROLES), answered, CONTEXTS, self.profile.seed)["vector"]
+
+    def answered(self, role: str, prompts: list[list[int]]) -> list[Tokens]:
+        """Prompts with a model's first answers and an end to each: which, no KL depends on."""
+        ends, most = encoding.ends(self.lm.tokenizer), self.profile.sizes.new_tokens
+        return next(with_ends(prompts, self._sampled(role, prompts, self.profile.sizes.draws).first(), ends, most))
 
     def optimised_vector(self, site: str = FINAL) -> Tensor:
         """One vector trained at a site by the partner's own loss, (d,): in place of an adapter (lm/bipo.py)."""

@@ -4,7 +4,7 @@ The strength of a partner is KL(partner || base), nats an answer. A run is one t
 several stops; every property of it is a curve over strength.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -144,13 +144,14 @@ def run(profile: Profile, recipe: Recipe, stops: Sequence[float] = STOPS) -> lis
     return found
 
 
-def at_equal_kl(one: Study, directions: Tensor) -> Tensor:
+def at_equal_kl(one: Study, directions: Tensor, drift: Callable[[Tensor], np.ndarray] | None = None) -> Tensor:
     """Directions, (k, d), each as long as it takes for KL(base + v || base) to be that of v*, on validation prompts;
-    those that take more than the largest of SCALES are left at that."""
+    those that take more than the largest of SCALES are left at that. drift: the mean KL of each of some vectors, by
+    default as `Study.drift` has it."""
     v = one.direction()
     units = v.norm() * directions / directions.norm(dim=1, keepdim=True)
     arms = torch.cat([v[None], (SCALES[:, None, None] * units).flatten(0, 1)])
-    kl = one.drift(arms).groupby("arm")["kl"].mean().to_numpy()
+    kl = drift(arms) if drift else one.drift(arms).groupby("arm")["kl"].mean().to_numpy()
     of_directions = np.log(kl[1:].reshape(len(SCALES), -1))  # it grows with the scale
     scales = [np.exp(np.interp(np.log(kl[0]), column, SCALES.log())) for column in of_directions.T]
     return torch.tensor(scales, dtype=units.dtype)[:, None] * units

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from helpers import profiles, spectra
+from helpers.data import naming
 from helpers.data.geval import cost as judging_cost
 from helpers.data.judges import Unavailable, distinct_n, judge_all
 from helpers.data.overlap import bleu, rouge_l
 from helpers.data.truthfulqa import Truthfulness, truthfulqa_rows
-from helpers.lm import encoding, likelihoods, loading
+from helpers.lm import likelihoods, loading
 from helpers.lm.activations import POSITIONS, rounding
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
@@ -30,7 +31,6 @@ from helpers.stages.drift import drift
 from helpers.stages.log_ratios import log_ratios
 from helpers.stages.rank_k import rank_k_deltas
 from helpers.stages.truthfulness import truthfulness
-from helpers.stages.verdicts import with_ends
 from helpers.steered import Steered
 from helpers.subject import prepare
 
@@ -44,7 +44,8 @@ __all__ = [  # what notebooks need from deeper down is handed up here
 
 def load(profile: str, model: str | None = None, data: str | None = None, dpo_model: str | None = None) -> "Study":
     """The study of a profile (a built-in name or a .toml path), its model, data and partner replaced where given."""
-    return Study(profiles.load(profile, model, data, dpo_model))
+    found = profiles.load(profile, model, data, dpo_model)
+    return OfPrompts(found) if found.data.startswith(naming.PROMPTS) else Study(found)
 
 
 class Study(Steered):
@@ -76,12 +77,8 @@ class Study(Steered):
         """How far each of `deltas`, (arms, d) or (arms, N, d), added at `final` leaves a model from its goal, which for
         the base is the DPO model and for the DPO model the base (stages/divergences.py)."""
         goal = "dpo" if role == "base" else "base"
-        return divergences(self.lm.role(role), self.lm.role(goal), self._answered(goal, "heldout"), deltas)
-
-    def _answered(self, role: str, split: str) -> list[Tokens]:
-        """The prompts of a split with a model's first answers and an end to each: which, no KL depends on."""
-        ends, most = encoding.ends(self.lm.tokenizer), self.profile.sizes.new_tokens
-        return next(with_ends(self.prompts(split), self.answers(role, split)["ids"], ends, most))
+        answered = self.answered(goal, self.prompts("heldout"))
+        return divergences(self.lm.role(role), self.lm.role(goal), answered, deltas)
 
     def strength(self) -> np.ndarray:
         """KL(DPO || base) and, with v* added to the base, KL(DPO || base + v*), nats an answer: (2, N)."""
@@ -91,7 +88,7 @@ class Study(Steered):
     def drift(self, deltas: Tensor) -> pd.DataFrame:
         """KL(base + delta || base) on the base's answers to validation prompts, with each of `deltas`, (arms, d), added
         at `final` (stages/drift.py)."""
-        return drift(self.lm.role("base"), self._answered("base", "validation"), deltas)
+        return drift(self.lm.role("base"), self.answered("base", self.prompts("validation")), deltas)
 
     def lead(self, role: str) -> np.ndarray:
         """By how many nats a model holds the true value likelier than the best other one, for every fourth held-out
@@ -164,3 +161,14 @@ class Study(Steered):
         ks = spectra.ranks(moved[0].shape[1])
         arms = pd.DataFrame([(kind, k) for kind in spectra.KINDS for k in ks], columns=["kind", "k"])
         return torch.cat([deltas[kind] for kind in spectra.KINDS]), arms
+
+
+class OfPrompts(Study):
+    """A ready partner and its base on prompts alone: both read the partner's own answers to them."""
+
+    def prompts(self, split: str) -> list[list[int]]:
+        return [tokens.prompt for tokens in super().encoded(split)[0]]
+
+    def encoded(self, split: str) -> tuple[list[Tokens], list[Tokens]]:
+        answered = self.answered("dpo", self.prompts(split))
+        return answered, answered

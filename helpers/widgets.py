@@ -1,6 +1,7 @@
 """Interactive views that draw a static picture first: what a page without a kernel shows is never a broken widget."""
 
 import asyncio
+import hashlib
 import html
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,9 +10,12 @@ from itertools import product
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import pandas as pd
 from IPython import get_ipython
-from IPython.display import Image, display
+from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
+
+from helpers import figures
 
 PAUSE = 0.01  # seconds in which the kernel takes the moves that have arrived meanwhile
 
@@ -127,3 +131,44 @@ def _control(name: str, values: Sequence, value) -> ipywidgets.Widget:
     options = [(f"{v:g}" if isinstance(v, float) else str(v), v) for v in values]
     kind = ipywidgets.SelectionSlider if len(options) > 2 else ipywidgets.ToggleButtons
     return kind(options=options, value=value, description=name, disabled=True)
+
+
+# --- A slider that needs no kernel ---
+
+_BOX = "font: 14px/1.5 'DejaVu Sans', Verdana, sans-serif; background: white; color: #222; max-width: 1100px"
+_GRID = "display: grid; gap: 8px 16px; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); margin-bottom: 12px"
+
+
+def dosed(answers: pd.DataFrame, roles: Mapping[str, str], start: float = 1.0) -> HTML:
+    """Answers at several doses under a slider that works in any page; without scripts, those at dose `start` are shown.
+
+    answers: a row a `prompt` and a `dose`, and a column for each of `roles`, {column: what figures.COLOURS calls it}.
+    """
+    doses = sorted(answers["dose"].unique())
+    parts = "".join(
+        f'<div data-dose="{dose:g}"{"" if dose == start else " hidden"}>'
+        + "".join(_asked(row, roles) for _, row in answers[answers["dose"] == dose].iterrows())
+        + "</div>"
+        for dose in doses
+    )
+    name = f"doses-{hashlib.sha256(parts.encode()).hexdigest()[:8]}"
+    return HTML(
+        f'<div id="{name}" style="{_BOX}"><label>dose λ <input type="range" style="width: 240px" '
+        f'min="0" max="{len(doses) - 1}" value="{doses.index(start)}"> <b>{start:g}</b></label>{parts}</div>'
+        f'<script>{{ const box = document.getElementById("{name}");\n{_TURN} }}</script>'
+    )
+
+
+_TURN = """box.querySelector("input").oninput = event => box.querySelectorAll("[data-dose]").forEach((part, i) => {
+part.hidden = i != event.target.value;
+if (!part.hidden) box.querySelector("b").textContent = part.dataset.dose; });"""
+
+
+def _asked(row: pd.Series, roles: Mapping[str, str]) -> str:
+    """A prompt and what each model answers to it."""
+    answers = "".join(
+        f'<div style="border-top: 3px solid {figures.COLOURS[role]}; padding-top: 4px"><b>{html.escape(name)}</b>'
+        f'<div class="said" style="white-space: pre-wrap">{html.escape(row[name])}</div></div>'
+        for name, role in roles.items()
+    )
+    return f'<p style="margin: 10px 0 4px"><i>{html.escape(row["prompt"])}</i></p><div style="{_GRID}">{answers}</div>'

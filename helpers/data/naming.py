@@ -8,6 +8,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}  # of the fields in a line
 SUFFIXES = (".jsonl", ".json", ".parquet", *SEPARATORS)  # of files of rows; each may end in .gz
 FORMATS = f"{', '.join(SUFFIXES)} (.gz too)"
 ON_POLICY = "onpolicy:"  # before a source of which only the prompts are taken, for the model to answer
+PROMPTS = "prompts:"  # the same, for a ready partner: nothing is preferred
 _SEGMENT = r"[\w-][\w.-]*"
 HUB_ID = re.compile(
     rf"(?P<name>{_SEGMENT}/{_SEGMENT})(?:/(?P<folder>{_SEGMENT}(?:/{_SEGMENT})*))?"
@@ -17,8 +18,14 @@ HUB_ID = re.compile(
 
 def source_of(data: str) -> str | None:
     """The file or hub id that a profile's data take their pairs or prompts from; None where they are made here."""
-    source = data.removeprefix(ON_POLICY)
+    source = split_prefix(data)[1]
     return source if is_file(source) or HUB_ID.fullmatch(source) else None
+
+
+def split_prefix(data: str) -> tuple[str, str]:
+    """What stands before a source, "" where nothing does, and the source."""
+    before = next((prefix for prefix in (ON_POLICY, PROMPTS) if data.startswith(prefix)), "")
+    return before, data.removeprefix(before)
 
 
 def is_file(source: str) -> bool:

@@ -18,8 +18,9 @@ SPLITS = ("heldin", "validation", "heldout")
 @dataclass(frozen=True)
 class PreferencePair:
     """A prompt, the answer preferred and the one not. Of a conversation, `messages` are its turns and `prompt` is all
-    of them as plain text. Of the atlas, `question` is what was asked and `family` what the pair is about. Raises
-    ValueError for a text that is empty or none, and for an answer preferred to itself."""
+    of them as plain text. Of the atlas, `question` is what was asked and `family` what the pair is about. A prompt
+    alone has two empty answers. Raises ValueError for a text that is empty or none, and for an answer preferred to
+    itself."""
 
     prompt: str
     chosen: str
@@ -30,13 +31,14 @@ class PreferencePair:
     messages: tuple[Message, ...] | None = None
 
     def __post_init__(self):
-        for name in ("prompt", "chosen", "rejected"):
+        is_alone = self.chosen == self.rejected == ""
+        for name in ("prompt",) if is_alone else ("prompt", "chosen", "rejected"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(
                     f"A preference row's {name!r} must be a non-empty string, got {value!r}: mend or drop it."
                 )
-        if self.chosen == self.rejected:
+        if self.chosen == self.rejected and not is_alone:
             raise ValueError(f"A preference row prefers an answer to itself ({self.chosen!r}): mend or drop it.")
 
     @property
@@ -93,6 +95,7 @@ class TaskBase:
     has_facts = False  # whether the fact asked for is known by rule, and none of the preference's business
     factors = ("prompts",)  # what prompts share with others, in a word each: what `levels` tells of one
     has_words = False  # whether there are words that ask for what is preferred (`asked_for`)
+    has_judge = True  # whether `verdicts` says anything: nothing does of prompts alone
 
     def verdicts(self, pairs: Sequence[PreferencePair], answers: Sequence[str]) -> list[dict[str, float]]:
         """What the judge says of an answer to each pair's prompt, 1 or 0: `preferred`, whether it shows what is

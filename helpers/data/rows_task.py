@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from helpers.data import files, judges, overlap, sources
+from helpers.data import files, judges, naming, overlap, sources
 from helpers.data.on_policy import best_and_worst
 from helpers.data.preferences import SPLITS, Drawn, PreferencePair, TaskBase, begins, pair_about
 from helpers.data.sizes import Sizes
@@ -65,12 +65,13 @@ class RowsTask(TaskBase):
     """Preferences from a file or the hub (sources.py), or the model's own answers to their prompts, the best and the
     worst by a score, which judges behaviour too.
 
-    source: as `files.content_id` and `sources.read` take it. score: one of SCORES. judge, content: the content ids of
-    the score's judge and of the source. Raises ValueError for a score that cannot choose among a model's own answers.
+    source: as `files.content_id` and `sources.read` take it. before: naming.ON_POLICY, naming.PROMPTS or nothing.
+    score: one of SCORES. judge, content: the content ids of the score's judge and of the source. Raises ValueError for
+    a score that cannot choose among a model's own answers.
     """
 
     source: str
-    is_on_policy: bool
+    before: str
     score: str
     seed: int
     sizes: Sizes
@@ -83,6 +84,14 @@ class RowsTask(TaskBase):
             raise ValueError(f"The score 'closer' needs answers to be close to: set score to one of {others}.")
 
     @property
+    def is_on_policy(self) -> bool:
+        return self.before == naming.ON_POLICY
+
+    @property
+    def has_judge(self) -> bool:
+        return self.score != "closer" or self.before != naming.PROMPTS
+
+    @property
     def sides(self) -> tuple[str, str]:
         return SCORES[self.score].sides
 
@@ -91,7 +100,7 @@ class RowsTask(TaskBase):
         Raises ValueError where too few fit, and where the source has changed since the task was made."""
         if files.content_id(self.source) != self.content:
             raise ValueError(f"The data {self.source} have changed since they were looked up: load the study anew.")
-        found = (sources.read_prompts if self.is_on_policy else sources.read)(self.source)
+        found = (sources.read_prompts if self.before else sources.read)(self.source)
         rows, account = self._split(found, model, tokenizer)
         if self.is_on_policy:
             asked = {split: [row.prompt for row in drawn] for split, drawn in rows.items()}
@@ -126,7 +135,7 @@ class RowsTask(TaskBase):
             return error.reason
         if len(chosen.prompt) + max(len(chosen.response), len(rejected.response), self.sizes.new_tokens) > most:
             return f"more than {most} tokens"
-        return "an answer that begins the other" if not self.is_on_policy and begins(chosen, rejected) else None
+        return "an answer that begins the other" if not self.before and begins(chosen, rejected) else None
 
     factors = ("openings",)
 

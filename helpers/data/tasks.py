@@ -16,7 +16,8 @@ def task(data: str, score: str, seed: int, sizes: Sizes, places: int) -> Task:
     source = naming.source_of(data)
     if source is not None:
         judge, content = judges.content_id(score), files.content_id(source)
-        return RowsTask(source, data.startswith(naming.ON_POLICY), score, seed, sizes, judge, content)
+        before = naming.split_prefix(data)[0]
+        return RowsTask(source, before, score, seed, sizes, judge, content)
     if data.startswith(catalogue.ATLAS):
         return AtlasTask(catalogue.families(data), places, seed, sizes)
     return StoryTask(data, seed, sizes)

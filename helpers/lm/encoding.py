@@ -86,18 +86,18 @@ def _common_end(one: list[int], other: list[int]) -> list[int]:
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> Tokens:
     text, answer = (prompt, response) if isinstance(prompt, str) else (plain(prompt), f" {response}")
-    start = _begun(tokenizer, text)
+    start = begun(tokenizer, text)
     if not response:
         return Tokens(start)
     # as it goes on from the prompt: alone, some tokenizers (Llama 2's) begin it with a space of their own
-    whole = _begun(tokenizer, text + answer)
+    whole = begun(tokenizer, text + answer)
     goes_on = whole[: len(start)] == start
     ids = whole[len(start) :] if goes_on else tokenizer(answer, add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
     return Tokens(start, ids if end is None or ids[-1:] == [end] else [*ids, end])
 
 
-def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A text's token ids, with what the tokenizer begins texts with and without what it ends them with: a prompt goes
     on."""
     ids, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))

@@ -22,7 +22,6 @@ from helpers.lm.architecture import FINAL
 from helpers.lm.steering import SteeringVector
 
 KIND = "controlvector"  # what repeng and llama.cpp call such a file
-PROBE = 8  # tokens
 
 
 def control_vector(vector: SteeringVector, model: PreTrainedModel, path: Path, dose: float = 1.0) -> None:
@@ -57,15 +56,7 @@ def logit_biases(vector: SteeringVector, model: PreTrainedModel, dose: float = 1
     vector.check_fits(model)
     if vector.site != FINAL:
         raise ValueError(f"Only a vector at final is a table of logit biases; {vector.name} is one at {vector.site}.")
-    bias = dose * architecture.unembedding(model).weight.detach().float().cpu() @ vector.vector
-    with steering.added(model, FINAL, dose * vector.vector):
-        steered = _logits(model)
-    if not torch.allclose(steered, _logits(model) + bias, atol=1e-4, rtol=1e-4):
-        raise ValueError(
-            f"The logits of {type(model).__name__} are more than W h, so {vector.name} is no table of logit biases "
-            "there: add it by a hook."
-        )
-    return bias
+    return steering.bias_on_logits(model, dose * vector.vector)
 
 
 def baked_in(vector: SteeringVector, model: PreTrainedModel, dose: float = 1.0) -> PreTrainedModel:
@@ -80,12 +71,12 @@ def baked_in(vector: SteeringVector, model: PreTrainedModel, dose: float = 1.0) 
         raise ValueError(f"The embeddings have no bias that {vector.name} could become: take a vector after a block.")
     delta = dose * vector.vector
     with steering.added(model, vector.site, delta):
-        steered = _logits(model)
+        steered = steering.few_logits(model)
     baked = _with_biases(model)
     for linear in _could_hold(baked, layer):
         kept = linear.bias.detach().clone()
         linear.bias += architecture.unembedding(baked).weight @ delta.to(kept) if layer is None else delta.to(kept)
-        if torch.allclose(_logits(baked), steered, atol=1e-4, rtol=1e-4):
+        if torch.allclose(steering.few_logits(baked), steered, atol=1e-4, rtol=1e-4):
             return baked
         linear.bias.copy_(kept)
     where = "unembedding" if layer is None else f"block before {vector.site}"
@@ -118,13 +109,6 @@ def _could_hold(model: PreTrainedModel, layer: int | None) -> Iterator[nn.Module
         is_linear = getattr(module, "weight", torch.empty(0)).ndim == 2
         if is_linear and isinstance(bias, Tensor) and (layer is None or bias.shape == (width,)):
             yield module
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel) -> Tensor:
-    """Of a few tokens, the same each time."""
-    ids = torch.arange(PROBE, device=model.device) % architecture.vocabulary(model)
-    return model(input_ids=ids[None], use_cache=False).logits.float().cpu()
 
 
 def directions(path: Path) -> dict[str, Tensor]:

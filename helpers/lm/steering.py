@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers.lm import activations, architecture
+from helpers.lm.architecture import FINAL
+
+PROBE = 8  # tokens whose logits tell what a model makes of a vector
 
 
 @contextmanager
@@ -80,6 +83,33 @@ def check(model: nn.Module, site: str, delta: Tensor) -> None:
         raise ValueError(f"A vector of width {delta.shape[-1]} does not fit a model of width {width}.")
     if not delta.isfinite().all():
         raise ValueError("The vector to add is not finite: estimate it again from finite states.")
+
+
+class NoBias(ValueError):
+    """A vector at `final` is no constant bias on a model's logits."""
+
+
+def bias_on_logits(model: nn.Module, delta: Tensor) -> Tensor:
+    """What `delta`, (d,), added at `final` adds to each token's logit, W delta: (vocabulary,).
+
+    Raises NoBias where logits are more than W h (a soft cap, a scale), as the logits of a few tokens tell.
+    """
+    bias = architecture.unembedding(model).weight.detach().float().cpu() @ delta
+    with added(model, FINAL, delta):
+        steered = few_logits(model)
+    if not torch.allclose(steered, few_logits(model) + bias, atol=1e-4, rtol=1e-4):
+        name = type(architecture.causal_lm(model)).__name__
+        raise NoBias(
+            f"The logits of {name} are more than W h, so a vector at final is no bias on them: add it by a hook."
+        )
+    return bias
+
+
+@torch.no_grad()
+def few_logits(model: nn.Module) -> Tensor:
+    """The logits of a few tokens, the same each time."""
+    ids = torch.arange(PROBE, device=architecture.causal_lm(model).device) % architecture.vocabulary(model)
+    return architecture.causal_lm(model)(input_ids=ids[None], use_cache=False).logits.float().cpu()
 
 
 @dataclass(frozen=True)

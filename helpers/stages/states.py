@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helpers.lm import activations, architecture
+from helpers.lm.activations import POSITIONS
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.stages.artifacts import stage
@@ -11,11 +12,11 @@ from helpers.stages.roles import Role
 
 
 @stage
-def states(folder: Path, role: Role, sequences: Sequence[Tokens]) -> None:
+def states(folder: Path, role: Role, sequences: Sequence[Tokens], positions: Sequence[str] = POSITIONS) -> None:
     """Fill a folder with a file for each site and position, (N, d) float32 (`activations.stored` lists them)."""
     with role.opened() as model:
         sites = architecture.sites(model)
-        activations.hidden_states(model, sequences, sites, activations.POSITIONS, f"states, {role.name}", folder)
+        activations.hidden_states(model, sequences, sites, positions, f"states, {role.name}", folder)
 
 
 @stage

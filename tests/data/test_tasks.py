@@ -56,7 +56,7 @@ def test_the_task_is_the_one_that_the_data_name():
     for family in (*grammar.FAMILIES, "tone+belief"):
         made = task(f"atlas:{family}")
         assert made == AtlasTask(tuple(family.split("+")), 100, 0, SIZES) and made.data == f"atlas:{family}"
-    assert task(f"onpolicy:{PINNED}") == RowsTask(PINNED, True, "sentiment", 0, SIZES, "sentiment", PINNED)
+    assert task(f"onpolicy:{PINNED}") == RowsTask(PINNED, "onpolicy:", "sentiment", 0, SIZES, "sentiment", PINNED)
     assert not task(PINNED).is_on_policy
 
 

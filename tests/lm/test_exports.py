@@ -94,7 +94,7 @@ def test_logit_biases_are_refused_for_blocks_and_for_capped_logits(llama):
         exports.logit_biases(vector_of(llama, "resid[1]"), llama)
     scaled = copy.deepcopy(tiny("gemma"))
     scaled.lm_head.register_forward_hook(lambda _, __, logits: torch.tanh(logits))
-    with pytest.raises(ValueError, match="are more than W h, so v is no table of logit biases there"):
+    with pytest.raises(ValueError, match="are more than W h, so a vector at final is no bias"):
         exports.logit_biases(vector_of(scaled, "final"), scaled)
 
 

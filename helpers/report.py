@@ -1,0 +1,261 @@
+"""One page about a base and its partner: what moved, how much of it is one vector, and what that vector says.
+
+Beside every number stands what chance would give it. Chance is RANDOM directions with the covariance of the base's own
+states, since any direction in which states vary already has a head start over one drawn evenly. What no ready partner
+can be compared with, such as training on the chosen answers alone, is not told here: nothing on the page is by itself
+DPO's own doing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from helpers import estimates, spectra, strength
+from helpers.data.unrelated import unrelated_texts
+from helpers.estimates import Estimate
+from helpers.lm import activations, decoding, encoding, loading, steering
+from helpers.lm.architecture import FINAL
+from helpers.lm.batches import Tokens
+from helpers.profiles import EMBEDDED
+from helpers.stages import sampled
+from helpers.stages.states import states
+from helpers.stages.tilted import tilted_divergences, tilted_drift
+from helpers.study import Study
+
+RANDOM = 20  # directions, of which the largest effect stands beside a number
+DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)
+ASKED = 4  # prompts answered at each dose
+FIRST = 5  # tokens of unrelated texts
+FEWEST = 8  # answers that an average over one position takes
+NEARLY_ALL, HARDLY_ANY = 0.8, 0.2  # shares that a sentence tells apart
+
+
+def moved(s: Study) -> pd.DataFrame:
+    """How far held-out prompts' states move, a row a site, as shares of the mean norm of the base's states there.
+
+    At `prompt_last` and as `response_mean`; beside it the `spread` of the base's states, their mean distance from
+    their own mean, and what `rounding` to the profile's precision does, both at the prompt's last token.
+    """
+    found, dtype = s.states("heldout"), getattr(torch, s.profile.dtype)
+    rows = {}
+    for site in s.lm.sites:
+        base = found["base", site, "prompt_last"]
+        size = base.norm(dim=1).mean()
+        by_position = {
+            position: s.displacements("heldout", site, position).norm(dim=1).mean()
+            / found["base", site, position].norm(dim=1).mean()
+            for position in activations.POSITIONS
+        }
+        beside = {"spread": (base - base.mean(0)).norm(dim=1), "rounding": activations.rounding(base, dtype)}
+        rows[site] = by_position | {name: distance.mean() / size for name, distance in beside.items()}
+    return pd.DataFrame(rows).T.astype(float)
+
+
+# --- One vector's share ---
+
+
+def logits_are_products(s: Study) -> bool:
+    """Whether the base's logits are W h and nothing more, so that a constant vector tilts its distributions alike."""
+    try:
+        with s.lm.playing("base") as model:
+            steering.bias_on_logits(model, s.lm.unembedding[0])
+    except steering.NoBias:
+        return False
+    return True
+
+
+def vectors(s: Study) -> dict[str, Tensor]:
+    """v* and, where logits are W h, v_opt, the constant vector that takes the base nearest to its partner, (d,)."""
+    return {"v*": s.direction()} | ({"v_opt": s.nearest_vector()} if logits_are_products(s) else {})
+
+
+def by_chance(s: Study) -> Tensor:
+    """RANDOM directions with the covariance of the base's held-in states, each as long as it takes for its KL to the
+    base to be that of v*: (RANDOM, d)."""
+    random = spectra.random_like(s.final("base", "heldin"), RANDOM, s.profile.seed).float()
+    if not logits_are_products(s):
+        return strength.at_equal_kl(s, random)
+    base, answered = s.lm.role("base"), s.answered("base", s.prompts("validation"))
+    return strength.at_equal_kl(s, random, lambda arms: np.array(tilted_drift(base, answered, arms)))
+
+
+def kl_by_token(s: Study) -> pd.DataFrame:
+    """KL(partner || base + v) of each token of the partner's answers to held-out prompts, nats: a row an `arm`, a
+    `prompt` and a `token`. Arms are "nothing", `vectors` and `by_chance`'s, "random 0" and on. Where logits are more
+    than W h it is told of whole answers, as of token 0."""
+    arms = {"nothing": 0 * s.direction()} | vectors(s) | {f"random {i}": v for i, v in enumerate(by_chance(s))}
+    deltas = torch.stack(list(arms.values()))
+    if logits_are_products(s):
+        answered = s.answered("dpo", s.prompts("heldout"))
+        found = tilted_divergences(s.lm.role("base"), s.lm.role("dpo"), answered, deltas)
+    else:
+        found = s.divergences("base", deltas).assign(token=0)
+    return found.assign(arm=np.array(list(arms))[found["arm"]])
+
+
+def by_position(s: Study, found: pd.DataFrame) -> pd.DataFrame:
+    """The mean of `kl_by_token`'s table at each position of an answer that FEWEST answers reach, with its interval over
+    prompts: a row an `arm` and a `token`, of the arms that are not random."""
+    groups, rows = s.factors("heldout"), []
+    for (arm, token), some in found[~found["arm"].str.startswith("random")].groupby(["arm", "token"]):
+        if len(some) >= FEWEST:
+            over = estimates.interval(estimates.mean, some["kl"], groups=groups[:, some["prompt"]])
+            rows.append({"arm": arm, "token": token, "value": over.value, "low": over.low, "high": over.high})
+    return pd.DataFrame(rows)
+
+
+def shares(s: Study, found: pd.DataFrame) -> pd.DataFrame:
+    """What share of the partner one vector is, a row a measure: `value`, `low`, `high` over held-out prompts, and what
+    the best of the random directions reaches, `chance`. found: `kl_by_token`'s table."""
+    rows = _of_states(s) | _of_distributions(s, found) | (_of_behaviour(s) if s.task.has_judge else {})
+    return pd.DataFrame({name: [*over[:3], chance] for name, (over, chance) in rows.items()}, _COLUMNS).T
+
+
+_COLUMNS = ["value", "low", "high", "chance"]
+Rows = dict[str, tuple[Estimate, float]]
+
+
+def _of_states(s: Study) -> Rows:
+    delta, v, groups = s.displacements("heldout").double(), s.direction().double(), s.factors("heldout")
+    squares, left = (x.square().sum(1).numpy() for x in (delta, delta - v))
+    random = torch.nn.functional.normalize(spectra.random_like(s.final("base", "heldin"), RANDOM, s.profile.seed))
+    along = (delta @ random.T).square().sum(0) / delta.square().sum()  # each at its best length for every prompt
+    turned = spectra.cosines(delta, v).numpy()
+    return {
+        "of squared displacement, v*": (
+            estimates.interval(estimates.removed_share, left, squares, groups=groups),
+            along.max().item(),
+        ),
+        "cosine of displacements to v*": (
+            estimates.interval(estimates.mean, turned, groups=groups),
+            max(spectra.cosines(delta, one).mean().abs().item() for one in random),
+        ),
+    }
+
+
+def _of_distributions(s: Study, found: pd.DataFrame) -> Rows:
+    groups = s.factors("heldout")
+    left = found.groupby(["arm", "prompt"])["kl"].sum().unstack("arm")
+    removed = {
+        arm: estimates.interval(estimates.removed_share, left[arm], left["nothing"], groups=groups)
+        for arm in left
+        if arm != "nothing"
+    }
+    chance = max(over.value for arm, over in removed.items() if arm.startswith("random"))
+    return {f"of KL, {arm}": (removed[arm], chance) for arm in ("v*", "v_opt") if arm in removed}
+
+
+def _of_behaviour(s: Study) -> Rows:
+    ends, random = {role: s.outcome(role, 0, "preferred") for role in loading.ROLES}, by_chance(s)
+    rows = {}
+    for name, role, sign in (("recovered by base + v*", "base", 1), ("restored by DPO − v*", "dpo", -1)):
+        table = s.sweep(role, FINAL, sign * random)
+        tried = [estimates.by_prompt(table, "preferred", arm=i).mean() for i in range(RANDOM)]
+        start, goal = (ends[end].mean() for end in (loading.ROLES if role == "base" else loading.ROLES[::-1]))
+        over = estimates.share_of_the_way(role, s.outcome(role, 1, "preferred"), ends, s.factors("heldout"))
+        rows[f"of behaviour, {name}"] = (
+            over,
+            float(estimates.recovered_share(np.array(tried), start, goal).max()),
+        )
+    return rows
+
+
+def in_words(found: pd.DataFrame) -> str:
+    """One plain sentence from the table of `shares`: how much of what training changed is one vector."""
+    removed = {name: found.loc[f"of KL, {name}"] for name in ("v*", "v_opt") if f"of KL, {name}" in found.index}
+    best = removed.get("v_opt", removed["v*"])
+    amount = "part of"
+    if best["low"] >= NEARLY_ALL:
+        amount = "nearly all of"
+    elif best["high"] <= HARDLY_ANY:
+        amount = "hardly any of"
+    each = [f"{name} {_removes(*row[['value', 'low', 'high']])}" for name, row in removed.items()]
+    return (
+        f"One constant vector can be **{amount}** what training changed in this model's next-token probabilities: "
+        f"{', '.join(each)} of their divergence, and the best of {RANDOM} random directions "
+        f"{_removes(removed['v*']['chance'])}."
+    )
+
+
+def _removes(share: float, *interval: float) -> str:
+    """A share that is removed, or added where it is negative, and its interval."""
+    sign = 1 if share >= 0 else -1
+    ends = f" [{', '.join(f'{end:.0%}' for end in sorted(sign * end for end in interval))}]" if interval else ""
+    return f"{'removes' if share >= 0 else 'adds'} {sign * share:.0%}{ends}"
+
+
+# --- What it says ---
+
+
+def token_changes(s: Study) -> tuple[pd.Series, float]:
+    """By how many standard deviations over the vocabulary v* changes each token's logit, by token, and the largest such
+    change that the random directions make."""
+    W, tokenizer = s.lm.unembedding, s.lm.tokenizer
+    random = spectra.random_like(s.final("base", "heldin"), RANDOM, s.profile.seed).float()
+    changes = W @ torch.cat([s.direction()[None], random]).T  # (vocabulary, 1 + RANDOM)
+    known = min(len(W), len(tokenizer))  # of more rows than tokens the rest has no name
+    standard = ((changes - changes.mean(0)) / changes.std(0))[:known]
+    names = [tokenizer.decode([i]) for i in range(known)]
+    return pd.Series(standard[:, 0].numpy(), names).sort_values(), standard[:, 1:].abs().max().item()
+
+
+def elsewhere(s: Study) -> pd.DataFrame:
+    """How the first tokens of texts that have nothing to do with the preferences move, a row a site: the `cosine` of
+    their mean displacement to v* there, its `size` as a share of v*'s, and the cosine that one in forty random
+    directions exceeds (`chance`)."""
+    texts = _beginnings(s)
+    read = {role: activations.Stored(activations.stored(_read(s, role, texts).path)) for role in loading.ROLES}
+    rows = {}
+    for site in s.lm.sites:
+        base, dpo = (read[role][site, "prompt_last"] for role in loading.ROLES)
+        shift, v = (dpo - base).double().mean(0), s.direction(site).double()
+        if v.norm() > 0 and shift.norm() > 0:  # the embeddings are moved by no adapter
+            random = spectra.random_like(base, 50 * RANDOM, s.profile.seed)
+            chance = spectra.cosines(random, v).abs().quantile(0.975).item()
+            rows[site] = [spectra.cosines(shift[None], v).item(), (shift.norm() / v.norm()).item(), chance]
+    return pd.DataFrame(rows, ["cosine", "size", "chance"]).T
+
+
+def _read(s: Study, role: str, texts: Sequence[Tokens]):
+    return states(s.lm.role(role), texts, ("prompt_last",))
+
+
+def _beginnings(s: Study) -> list[Tokens]:
+    """Unrelated texts up to each of their first FIRST tokens; of the organism, texts of its own corpus."""
+    texts, tokenizer = unrelated_texts(), s.lm.tokenizer
+    if s.profile.model == EMBEDDED:
+        texts = s.task.corpus_texts(len(texts))
+    ids = [encoding.begun(tokenizer, text) for text in texts]
+    starts = [
+        len(whole) - len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text, whole in zip(texts, ids)
+    ]
+    return [Tokens(whole[: start + n]) for start, whole in zip(starts, ids) for n in range(1, FIRST + 1)]
+
+
+def answers(s: Study) -> pd.DataFrame:
+    """The likeliest answers to ASKED held-out prompts at each of DOSES: a row a `prompt` and a `dose`, and a column of
+    `base`, `base + λv*`, `DPO − λv*` and `DPO` each."""
+    pairs, prompts, v = s.pairs["heldout"][:ASKED], s.prompts("heldout")[:ASKED], s.direction()
+    said = {}
+    for name, role, sign in (("base + λv*", "base", 1), ("DPO − λv*", "dpo", -1)):
+        deltas = sign * torch.tensor(DOSES)[:, None] * v
+        found = sampled.under_arms(
+            s.lm.role(role), prompts, s.profile.sizes.new_tokens, None, 1, FINAL, deltas, "response"
+        )
+        said[name] = [decoding.texts(s.lm.tokenizer, found.first(arm)) for arm in range(len(DOSES))]
+    rows = [
+        {
+            "prompt": pair.prompt,
+            "dose": dose,
+            "base": said["base + λv*"][0][i],
+            "base + λv*": said["base + λv*"][arm][i],
+            "DPO − λv*": said["DPO − λv*"][arm][i],
+            "DPO": said["DPO − λv*"][0][i],
+        }
+        for i, pair in enumerate(pairs)
+        for arm, dose in enumerate(DOSES)
+    ]
+    return pd.DataFrame(rows)

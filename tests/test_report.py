@@ -1,0 +1,200 @@
+"""The one page about a pair: its numbers by plain forward passes, its sentence on made tables, on prompts alone."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import recorded
+from studied import PROFILE, SITES, logps
+
+from helpers import profiles, report, spectra, study
+from helpers.lm import decoding
+from helpers.lm.batches import Tokens
+from helpers.stages.tilted import tilted_divergences, tilted_drift
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(scope="module")
+def kl(trained):
+    return report.kl_by_token(trained)
+
+
+@pytest.fixture(scope="module")
+def pair(trained, tmp_path_factory):
+    """The tiny base and its partner as a ready pair, on prompts alone."""
+    path = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+    asked = dict.fromkeys(pair.prompt for split in trained.pairs.values() for pair in split)
+    path.write_text("".join(json.dumps({"prompt": prompt, "comment": "none"}) + "\n" for prompt in asked))
+    sizes = PROFILE.sizes.changed(heldin=8, validation=4, heldout=8)
+    chosen = {"model": str(trained.source.path), "dpo_model": str(trained.chosen.adapter.path)}
+    return study.OfPrompts(PROFILE.changed(name="asked", data=f"prompts:{path}", sizes=sizes, **chosen))
+
+
+def test_states_move_as_far_as_plain_forward_passes_say(trained, plain):
+    read = trained.encoded("heldout")[0]
+    norms = {"delta": [], "base": []}
+    for tokens in read:
+        at = {}
+        for role, model in plain.items():
+            with recorded(model, "model.layers") as found, torch.no_grad():
+                model(input_ids=torch.tensor([tokens.ids]))
+            at[role] = found["resid[2]"][0, len(tokens.prompt) - 1]
+        norms["delta"].append((at["dpo"] - at["base"]).norm().item())
+        norms["base"].append(at["base"].norm().item())
+    found = report.moved(trained)
+    assert list(found.index) == SITES
+    assert found.loc["resid[2]", "prompt_last"] == pytest.approx(np.mean(norms["delta"]) / np.mean(norms["base"]), 1e-4)
+    assert (found["rounding"] < 1e-5).all() and found.loc["resid[0]", "prompt_last"] == 0
+
+
+def test_kl_is_that_of_plain_forward_passes_token_by_token(trained, plain, kl):
+    prompts = trained.prompts("heldout")
+    answered = trained.answered("dpo", prompts)
+    v = plain["base"].get_output_embeddings().weight @ trained.direction().double()
+    for arm, shift in (("nothing", 0.0), ("v*", v)):
+        p, q = logps(plain["dpo"], answered[3]), logps(plain["base"], answered[3], shift)
+        expected = (p.exp() * (p - q)).sum(-1).detach()
+        found = kl[(kl["arm"] == arm) & (kl["prompt"] == 3)].sort_values("token")["kl"]
+        close(torch.tensor(found.to_numpy()), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_kl_adds_up_to_the_strength_of_the_partner(trained, kl):
+    summed = kl.groupby(["arm", "prompt"])["kl"].sum()
+    np.testing.assert_allclose(summed["nothing"], trained.strength()[0], rtol=1e-4, atol=1e-6)  # as float32 rounds it
+    np.testing.assert_allclose(summed["v*"], trained.strength()[1], rtol=1e-4, atol=1e-6)  # as float32 rounds it
+    assert set(summed.index.levels[0]) == {"nothing", "v*", "v_opt", *(f"random {i}" for i in range(report.RANDOM))}
+
+
+def test_v_opt_leaves_less_than_v_star_where_it_was_found(trained):
+    prompts, v = trained.prompts("heldin"), report.vectors(trained)
+    answered = trained.answered("dpo", prompts)
+    base, dpo = (trained.lm.role(role) for role in ("base", "dpo"))
+    left = tilted_divergences(base, dpo, answered, torch.stack(list(v.values()))).groupby("arm")["kl"].sum()
+    assert list(v) == ["v*", "v_opt"] and left[1] < left[0]
+
+
+def test_random_directions_are_as_strong_as_v_star(trained):
+    vectors = torch.cat([trained.direction()[None], report.by_chance(trained)])
+    kl = trained.drift(vectors).groupby("arm")["kl"].mean()
+    answered = trained.answered("base", trained.prompts("validation"))
+    np.testing.assert_allclose(tilted_drift(trained.lm.role("base"), answered, vectors), kl, rtol=1e-3, atol=1e-6)
+    assert kl[1:].between(0.5 * kl[0], 2 * kl[0]).mean() > 0.8  # interpolated between scales
+
+
+def test_random_directions_have_the_covariance_of_the_rows(trained):
+    rows = trained.final("base", "heldin").double()
+    drawn = spectra.random_like(rows, 40_000, seed=1)
+    close(drawn.T @ drawn / len(drawn), rows.T.cov(correction=0), atol=0.05 * rows.var(0).max().item(), rtol=0)
+
+
+def test_shares_of_displacement_and_kl_are_what_they_are_called(trained, kl):
+    found, delta, v = (
+        report.shares(trained, kl),
+        trained.displacements("heldout").double(),
+        trained.direction().double(),
+    )
+    explained = 1 - ((delta - v) ** 2).sum() / (delta**2).sum()
+    assert found.loc["of squared displacement, v*", "value"] == pytest.approx(explained.item())
+    summed = kl.groupby("arm")["kl"].sum()
+    assert found.loc["of KL, v_opt", "value"] == pytest.approx(1 - summed["v_opt"] / summed["nothing"])
+    largest = 1 - summed[[f"random {i}" for i in range(report.RANDOM)]].min() / summed["nothing"]
+    assert found.loc["of KL, v*", "chance"] == pytest.approx(largest)
+    told = found[~found.index.str.startswith("of behaviour")]  # of which the tiny partner shows none
+    assert (
+        (told["low"] <= told["value"]).all() and (told["value"] <= told["high"]).all() and len(told) == len(found) - 2
+    )
+
+
+def test_an_average_by_position_is_over_the_answers_that_reach_it(trained, kl):
+    found = report.by_position(trained, kl)
+    some = kl[(kl["arm"] == "v*") & (kl["token"] == 1)]["kl"]
+    row = found[(found["arm"] == "v*") & (found["token"] == 1)].iloc[0]
+    assert row["value"] == pytest.approx(some.mean()) and row["low"] <= row["value"] <= row["high"]
+    assert set(found["arm"]) == {"nothing", "v*", "v_opt"}
+
+
+@pytest.mark.parametrize(
+    "low, high, said",
+    [(0.81, 0.95, "nearly all of"), (0.5, 0.95, "part of"), (-0.1, 0.19, "hardly any of"), (0.1, 0.3, "part of")],
+)
+def test_the_sentence_follows_from_the_interval_of_the_best_vector(low, high, said):
+    rows = {"of KL, v*": [0.1, 0.0, 0.2, 0.02], "of KL, v_opt": [(low + high) / 2, low, high, 0.02]}
+    table = pd.DataFrame(rows, ["value", "low", "high", "chance"]).T
+    assert said in report.in_words(table) and "random directions removes 2%" in report.in_words(table)
+
+
+def test_a_share_below_zero_is_one_that_is_added():
+    rows = {"of KL, v*": [-0.27, -0.38, -0.18, -0.69]}
+    said = report.in_words(pd.DataFrame(rows, ["value", "low", "high", "chance"]).T)
+    assert "v* adds 27% [18%, 38%] of" in said and "random directions adds 69%" in said
+
+
+def test_tokens_are_ranked_by_what_v_star_adds_to_their_logits(trained):
+    changes, chance = report.token_changes(trained)
+    logits = (trained.lm.unembedding @ trained.direction()).numpy()
+    names = [trained.lm.tokenizer.decode([i]) for i in (logits.argmin(), logits.argmax())]
+    assert [changes.index[0], changes.index[-1]] == names and chance > 0
+    np.testing.assert_allclose(changes.iloc[-1], (logits.max() - logits.mean()) / logits.std(ddof=1), rtol=1e-4)
+
+
+def test_beginnings_of_unrelated_texts_move_as_plain_forward_passes_say(trained, plain):
+    beginnings, shift = report._beginnings(trained), []
+    assert max(len(tokens.prompt) for tokens in beginnings) <= report.FIRST + 1
+    for tokens in beginnings:
+        with torch.no_grad():
+            read = [model.get_decoder()(torch.tensor([tokens.ids]))[0][0, -1] for model in plain.values()]
+        shift.append(read[1] - read[0])
+    shift, v = torch.stack(shift).mean(0), trained.direction().double()
+    found = report.elsewhere(trained).loc["final"]
+    assert found["cosine"] == pytest.approx(torch.cosine_similarity(shift, v, dim=0).item(), abs=1e-4)
+    assert found["size"] == pytest.approx((shift.norm() / v.norm()).item(), rel=1e-3)
+    assert 0 < found["chance"] < 1
+
+
+def test_answers_stand_beside_each_other_at_each_dose(trained):
+    found = report.answers(trained)
+    assert len(found) == report.ASKED * len(report.DOSES)
+    whole = found[found["dose"] == 1].reset_index()
+    for column, role, dose in (("base + λv*", "base", 1), ("DPO − λv*", "dpo", -1), ("DPO", "dpo", 0)):
+        assert whole[column].tolist() == trained.greedy(role, dose)["text"].tolist()[: report.ASKED]
+    nothing = found[found["dose"] == 0]
+    assert (nothing["base"] == nothing["base + λv*"]).all() and (nothing["DPO"] == nothing["DPO − λv*"]).all()
+
+
+# --- Prompts alone ---
+
+
+def test_of_prompts_alone_both_models_read_the_partners_answers(pair):
+    (chosen, rejected), prompts = pair.encoded("heldout"), pair.prompts("heldout")
+    assert chosen == rejected and [tokens.prompt for tokens in chosen] == prompts
+    with pair.lm.playing("dpo") as model:
+        sizes = pair.profile.sizes
+        said = decoding.sample(model, pair.lm.tokenizer, prompts, sizes.new_tokens, 0, draws=sizes.draws)[0]
+    assert [tokens.response[: len(ids)] for tokens, ids in zip(chosen, said)] == said
+    assert pair.account["column 'comment' not read"] and not pair.task.has_judge
+
+
+def test_a_page_needs_no_answers_and_no_judge(pair):
+    kl = report.kl_by_token(pair)
+    found = report.shares(pair, kl)
+    assert [re.sub(r".*, ", "", name) for name in found.index if "KL" in name] == ["v*", "v_opt"]
+    assert not any("behaviour" in name for name in found.index)
+    assert "removes" in report.in_words(found) and len(report.elsewhere(pair)) == 3
+    assert len(report.moved(pair)) == 4 and len(report.answers(pair)) == report.ASKED * len(report.DOSES)
+    assert "ready one" in pair.caveat
+
+
+def test_prompts_alone_train_nothing():
+    with pytest.raises(
+        ValueError, match="say nothing of what is preferred: give a ready partner of the model with DPO"
+    ):
+        profiles.load("tinystories", data="prompts:some.jsonl")
+
+
+def test_a_prompt_alone_is_a_prompt(pair):
+    asked = pair.pairs["heldout"][0]
+    assert asked.chosen == asked.rejected == "" and Tokens(pair.prompts("heldout")[0]).response == []
