@@ -57,8 +57,8 @@ test: export DSTEER_ARTIFACTS := $(CURDIR)/build/test/artifacts
 test: export DSTEER_FIGURES := $(CURDIR)/build/test/figures
 test: $(VENV)/installed ## run the unit tests, and every notebook through nbmake
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/browser tests
-	rm -rf build/test && $(RUN) --prepare build/test/notebooks --profile test $(ALL)
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n 2 --dist loadfile $(patsubst %,build/test/notebooks/%.ipynb,$(filter-out $(READING),$(ALL)))
+	rm -rf build/test && $(RUN) --prepare build/test/notebooks --profile test $(ALL) one_page
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n 2 --dist loadfile $(patsubst %,build/test/notebooks/%.ipynb,$(filter-out $(READING),$(ALL)) one_page)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 $(READING:%=build/test/notebooks/%.ipynb)
 
 .PHONY: test-browser
@@ -89,7 +89,7 @@ bench: $(VENV)/installed ## measure extraction, steering and dose sweeps as rati
 
 .PHONY: publish
 publish: figures ## put the executed notebooks' outputs into notebooks/, and renew the README (for committing)
-	$(RUN) --publish $(NOTEBOOKS) $(CHOICE)
+	$(RUN) --publish $(NOTEBOOKS) $(notdir $(basename $(wildcard $(BUILD)/one_page.ipynb))) $(CHOICE)
 	$(if $(wildcard build/worlds/$(WORLDS).ipynb),$(RUN) --publish $(WORLDS) --profile worlds)
 	$(BIN)/python -m tools.readme
 

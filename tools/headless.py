@@ -30,7 +30,6 @@ from helpers.world import grammar
 
 NOTEBOOKS = places.PROJECT / "notebooks"
 DEFAULT_PROFILE = "atlas"
-ONE_PAGE = "one_page"  # the notebook about any pair, which `make figures` leaves out
 PUBLISHED = (DEFAULT_PROFILE, "worlds")  # whose pages are committed
 PAPERMILL_TAGS = ("parameters", "injected-parameters")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -204,10 +203,8 @@ def main() -> int:
         profile = profiles.load(given.profile, given.model, given.data, given.dpo_model)
         if given.publish and profile not in map(profiles.load, PUBLISHED):
             raise ValueError(f"Only a run of the profiles {' and '.join(PUBLISHED)} as they are can be published.")
-        if profile.data.startswith(naming.PROMPTS) and given.names != [ONE_PAGE]:
-            raise ValueError(
-                f"{profile.data!r} are prompts alone, on which only `make report` looks at a pair: give pairs."
-            )
+        if profile.data.startswith(naming.PROMPTS) and any(name[0].isdigit() for name in given.names):
+            raise ValueError(f"{profile.data!r} are prompts alone, which are for `make report`: give pairs with DATA=.")
         folder = places.PROJECT / "build" / Path(given.profile).name.removesuffix(".toml")  # make's name for it
         if given.publish:
             publish(given.names, folder)

@@ -51,7 +51,7 @@ def test_it_asks_for_nothing_from_elsewhere(written):
 
 
 def test_one_dose_is_shown_until_the_slider_is_moved(written):
-    parts = re.findall(r'<div data-dose="([\d.]+)"( hidden)?>', written)
+    parts = re.findall(r'<div data-dose="([\d.]+)"( hidden)?(?:="")?>', written)
     assert parts == [("0", " hidden"), ("1", ""), ("2", " hidden")]
     assert 'min="0" max="2" value="1"' in written
 
