@@ -84,14 +84,16 @@ def predictions(section: str) -> str:
 
 
 def scored(section: str, number: int, holds: bool, text: str) -> str:
-    """One line of Markdown: whether a numbered prediction held, and by what.
+    """One line of Markdown: whether a numbered prediction held, and by what. Where a number of the text is not there
+    (+nan), nobody can tell.
 
     Raises ValueError for a number that the section does not have.
     """
     there_are = len(PREDICTIONS[section].predictions)
     if not 1 <= number <= there_are:
         raise ValueError(f"There is no prediction {number} on {section}: predictions.toml has {there_are}.")
-    return f"{number}. **{'Held' if holds else 'Failed'}.** {text}"
+    word = "Cannot be told" if re.search(r"[+-]nan|nan \[", text) else "Held" if holds else "Failed"
+    return f"{number}. **{word}.** {text}"
 
 
 class Verdict(NamedTuple):

@@ -377,6 +377,8 @@ def test_predictions_are_a_numbered_list_with_the_day_that_they_were_written(sec
 def test_a_prediction_is_scored_by_its_number_and_an_unknown_one_is_refused():
     assert claims.scored("controls", 2, True, "As said.") == "2. **Held.** As said."
     assert claims.scored("sizes", 3, False, "Not so.") == "3. **Failed.** Not so."
+    for missing in (f"By {math.nan:+.2f}.", f"{Estimate(math.nan, math.nan, math.nan)}, -0.1"):
+        assert claims.scored("sizes", 3, False, missing) == f"3. **Cannot be told.** {missing}"
     for number in (0, 4):
         with pytest.raises(ValueError, match=rf"no prediction {number} on sizes: predictions.toml has 3"):
             claims.scored("sizes", number, True, "")

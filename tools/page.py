@@ -16,7 +16,7 @@ body { font: 15px/1.55 "DejaVu Sans", Verdana, sans-serif; color: #222; backgrou
        max-width: 860px; padding: 12px 20px 40px; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 1.8em; }
 img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-size: 0.9em; display: block; overflow-x: auto; }
+table { border: 0; border-collapse: collapse; font-size: 0.9em; display: block; overflow-x: auto; }
 th, td { padding: 3px 10px; text-align: right; border: 0; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 a.anchor-link { display: none; }
