@@ -23,7 +23,7 @@ ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
 WORLDS := $(filter %_worlds,$(ALL))
 # One page about a pair: the organism's, or another by a profile that takes minutes. Beside a ready partner, prompts do.
 PAIR := $(if $(filter file,$(origin PROFILE)),$(if $(MODEL),report,$(PROFILE)),$(PROFILE))
-PROMPTS := $(if $(and $(DPO_MODEL),$(DATA)),$(if $(filter onpolicy:% prompts:%,$(DATA)),,prompts:))$(DATA)
+PROMPTS := $(if $(DPO_MODEL),$(if $(filter prompts:%,$(DATA)),,prompts:)$(or $(DATA),profiles/prompts.jsonl),$(DATA))
 NOTEBOOKS := $(filter-out $(WORLDS),$(ALL))
 EXECUTED := $(NOTEBOOKS:%=$(BUILD)/%.ipynb)
 RUN := $(BIN)/python -m tools.headless

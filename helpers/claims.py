@@ -331,6 +331,5 @@ def _alone(profile: Profile) -> FileLock:
 
 
 def _write(profile: Profile, ledger: Mapping[str, dict]) -> None:
-    path = figures.folder(profile) / "claims.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({key: ledger[key] for key in ALL if key in ledger}, indent=1) + "\n")
+    with places.whole(figures.folder(profile) / "claims.json", figures.VARIABLE) as path:
+        path.write_text(json.dumps({key: ledger[key] for key in ALL if key in ledger}, indent=1) + "\n")

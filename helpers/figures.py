@@ -38,6 +38,7 @@ LABELS = {
     "random": "random, equal norm",
 }
 NOTEBOOKS = places.PROJECT / "notebooks"
+VARIABLE = "DSTEER_FIGURES"  # of the environment: where figures go instead
 FONT = "DejaVu Sans"
 WIDTH = 7.0  # inches; every figure is this wide
 
@@ -74,9 +75,10 @@ def save_figure(
         "numbers": _plain(numbers),
     }
     target = folder(profile)
-    target.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target / f"{name}.png", metadata={"Software": None})
-    (target / f"{name}.json").write_text(json.dumps(about, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    with places.whole(target / f"{name}.png", VARIABLE) as path:
+        figure.savefig(path, format="png", metadata={"Software": None})
+    with places.whole(target / f"{name}.json", VARIABLE) as path:
+        path.write_text(json.dumps(about, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def notebook_of(name: str) -> str:
@@ -105,7 +107,7 @@ def _saved_by(notebook: Path, _changed: int) -> frozenset[str]:
 
 def folder(profile: Profile) -> Path:
     """Where a profile's figures go: `figures/<profile>/` in the project, or below the folder DSTEER_FIGURES names."""
-    return places.folder_from("DSTEER_FIGURES", "figures") / profile.name
+    return places.folder_from(VARIABLE, "figures") / profile.name
 
 
 # --- Estimates, drawn: each is (value, low, high, ...); several are a list, or a table with a column for each. A colour

@@ -10,13 +10,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, reduce
 from pathlib import Path
 from typing import TextIO
 
 import nbformat
 import papermill
+from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
@@ -252,19 +254,38 @@ def _reported(name: str, profile: Profile, parameters: dict[str, str], folder: P
     started = time.monotonic()
     print(f"{name} ({profile.name}) ...", file=sys.stderr, flush=True)
     try:
-        run(name, profile, parameters, folder)
+        with places.writing(folder), _alone(folder):
+            run(name, profile, parameters, folder)
         status, said = 0, f"{name} ({profile.name}) done in {time.monotonic() - started:.0f} s"
     except PapermillExecutionError as error:
         status, said = 1, explain(name, error, folder)
     except DeadKernelError:
         died = f"Notebook {name} stopped: its kernel died, most often for want of memory."
         status, said = 1, f"{died}\n{_what_is_kept(name, folder)}"
+    except OSError as error:
+        status, said = 1, f"Notebook {name} stopped: {error}"
     except ValueError as error:  # a cell's unknown tag
         status, said = 2, f"Notebook {name}: {error}"
     except KeyboardInterrupt:
         status, said = 130, f"\nStopped in notebook {name}.\n{_what_is_kept(name, folder)}"
     print(said, file=sys.stderr, flush=True)
     return status
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While it lasts, no other run writes its notebooks into the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another run is at work in {folder.name}: this one waits for it.", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ position, and these go to files batch by batch, so that memory grows neither wit
 width. The unembedding is skipped.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,7 +81,12 @@ def _room(key: tuple[str, str], shape: tuple[int, int], folder: Path | None) -> 
     """Memory, or a file, for the states of a site and position."""
     if folder is None:
         return torch.empty(shape)
-    return torch.from_numpy(np.lib.format.open_memmap(folder / f"{' '.join(key)}.npy", "w+", np.float32, shape))
+    path = folder / f"{' '.join(key)}.npy"
+    opened = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):  # a disk that is full while mapped memory is written to kills the process
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return torch.from_numpy(opened)
 
 
 def _read(model: nn.Module, batch: Sequence[Tokens], sites: Sequence[str], positions: Sequence[str], keep) -> None:

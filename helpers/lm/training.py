@@ -59,7 +59,7 @@ class _Keeping(TrainerCallback):
     def on_step_end(self, args, state, control, model, **kwargs):
         for stopped in self.stops:
             if state.is_world_process_zero and state.global_step == step_of(stopped.stop, state.max_steps):
-                model.save_pretrained(self.folder / stopped.folder)
+                save_model(model, self.folder / stopped.folder)
 
 
 class _PreparedDPOTrainer(DPOTrainer):
@@ -236,8 +236,20 @@ def train(
         _save(trainer, tokenizer, recipe, folder)
 
 
+def save_model(model, folder: Path) -> None:
+    """Save an adapter or a whole model with the same bytes wherever it was trained: PEFT writes where the base was, the
+    modules in a set's order, and a page to be filled in."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    settings = folder / "adapter_config.json"
+    if settings.exists():
+        told = json.loads(settings.read_text())
+        told |= {"base_model_name_or_path": None, "target_modules": sorted(told["target_modules"])}
+        settings.write_text(json.dumps(told, indent=2, sort_keys=True))
+
+
 def _save(trainer: DPOTrainer, tokenizer, recipe: Recipe, folder: Path) -> None:
-    trainer.model.save_pretrained(folder)
+    save_model(trainer.model, folder)
     if not recipe.rank:
         tokenizer.save_pretrained(folder)
     log = pd.DataFrame([entry for entry in trainer.state.log_history if "rewards/margins" in entry])

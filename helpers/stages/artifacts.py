@@ -25,6 +25,7 @@ from helpers import places
 from helpers.stages import keys
 
 MANIFEST = "manifest.json"
+VARIABLE = "DSTEER_ARTIFACTS"  # of the environment: where artefacts live instead
 UNFINISHED = "unfinished"  # a file that stands where something is missing for now, such as a judge's answer
 
 _making = ContextVar("making", default=True)
@@ -85,8 +86,7 @@ def stage(make: Callable | None = None, *, unkeyed: Collection[str] = (), is_unf
 def _fetched(name: str, key: str, keyed: dict, fill: Callable[[Path], None]) -> Artifact:
     """The artefact of a key, made if it is missing or damaged. One process at a time makes it; the others wait."""
     path, locks = root() / f"{name}-{key[:16]}", root() / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / path.name):
+    with places.writing(root(), VARIABLE), _alone(locks, path.name):
         if path.exists() and _is_sound(path, key):
             return Artifact(path, key)
         if not _making.get():
@@ -99,6 +99,13 @@ def _fetched(name: str, key: str, keyed: dict, fill: Callable[[Path], None]) -> 
             warnings.warn(f"The artefact {path.name} stays unfinished: {error}", stacklevel=3)
             _tried_here.add(path)
     return Artifact(path, key)
+
+
+@contextmanager
+def _alone(locks: Path, name: str) -> Iterator[None]:
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / name):
+        yield
 
 
 def _is_sound(path: Path, key: str) -> bool:
@@ -177,4 +184,4 @@ def nothing_made() -> Iterator[None]:
 
 def root() -> Path:
     """Where artefacts live: `artifacts/` in the project, or the folder that DSTEER_ARTIFACTS names."""
-    return places.folder_from("DSTEER_ARTIFACTS", "artifacts")
+    return places.folder_from(VARIABLE, "artifacts")

@@ -1,5 +1,6 @@
 """The cache: the same arguments give the same bytes, and damage is found and mended."""
 
+import errno
 import json
 import threading
 import time
@@ -313,3 +314,18 @@ def test_what_is_unfinished_stays_where_making_it_again_fails(root, monkeypatch)
     with pytest.raises(OSError, match="no network"):
         fetch(fail, 2)
     assert stored(root) == kept
+
+
+def test_a_full_disk_loses_nothing_and_leaves_no_half_an_artefact(root):
+    def filling(folder):
+        (folder / "half.json").write_text("[1, ")
+        raise OSError(errno.ENOSPC, "full")
+
+    kept = fetch(Maker(), 1)
+    before = bytes_of(kept.path), sorted(path.name for path in root.iterdir())
+    with pytest.raises(
+        OSError, match=r"^No space is left for \S+: free some, or name another with DSTEER_ARTIFACTS=\. "
+    ):
+        fetch(filling, 2)
+    assert (bytes_of(kept.path), sorted(path.name for path in root.iterdir())) == before
+    assert fetch(Maker(), 2).path.exists()  # as soon as there is room

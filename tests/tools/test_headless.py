@@ -1,7 +1,10 @@
 """A notebook run headlessly: finished only when every cell has run, tidy, and explained when it fails."""
 
+import errno
 import os
+import re
 import sys
+import threading
 
 import nbformat
 import pytest
@@ -384,3 +387,29 @@ def test_an_interrupted_run_says_what_is_kept(tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, "stub") == 130
     said = capsys.readouterr().err
     assert "Stopped in notebook stub." in said and "What was computed before is kept" in said
+
+
+def test_of_two_runs_in_one_folder_the_second_says_that_it_waits(tmp_path, capsys):
+    order = []
+
+    def second():
+        with headless._alone(tmp_path):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with headless._alone(tmp_path):
+        thread.start()
+        while "waits for it" not in capsys.readouterr().err:
+            assert thread.is_alive()
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]
+
+
+def test_a_full_disk_is_a_sentence_and_no_traceback(calls, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(headless, "run", full)
+    assert main(monkeypatch, "00_a") == 1
+    assert re.search(r"Notebook 00_a stopped: No space is left for \S+: free some\.", capsys.readouterr().err)
