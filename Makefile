@@ -87,6 +87,10 @@ lab: $(VENV)/installed ## open JupyterLab in the project's environment
 bench: $(VENV)/installed ## measure extraction, steering and dose sweeps as ratios, against other libraries too
 	$(BIN)/python -m benchmarks
 
+.PHONY: chaos
+chaos: $(VENV)/installed ## kill, damage, fill and lock what runs need, and say what was lost and what was said
+	$(BIN)/python -m tools.chaos
+
 .PHONY: publish
 publish: figures ## put the executed notebooks' outputs into notebooks/, and renew the README (for committing)
 	$(RUN) --publish $(NOTEBOOKS) $(notdir $(basename $(wildcard $(BUILD)/one_page.ipynb))) $(CHOICE)

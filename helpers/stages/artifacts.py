@@ -154,17 +154,26 @@ def _restored(folder: Path):
 
 def verify(path: Path, key: str) -> None:
     """Raise DamagedArtifact unless the folder holds exactly the files its manifest lists, with their checksums."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        recorded_key, recorded = manifest["key"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedArtifact(f"The artefact {path.name} has no readable manifest ({error}).") from error
-    if recorded_key != key:
+    manifest = _manifest(path)
+    if manifest["key"] != key:
         raise DamagedArtifact(f"The artefact {path.name} was stored under another key.")
-    found = _checksums(path)
+    found, recorded = _checksums(path), manifest["files"]
     if found != recorded:
         wrong = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
         raise DamagedArtifact(f"The artefact {path.name} is damaged: {', '.join(wrong)} missing or changed.")
+
+
+def key_in(path: Path) -> str:
+    """The key that an artefact's own manifest names. Raises DamagedArtifact where it has none."""
+    return _manifest(path)["key"]
+
+
+def _manifest(path: Path) -> dict:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        return {name: manifest[name] for name in ("key", "files")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedArtifact(f"The artefact {path.name} has no readable manifest ({error}).") from error
 
 
 def _checksums(folder: Path) -> dict[str, str]:
