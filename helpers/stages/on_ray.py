@@ -1,11 +1,15 @@
 """joblib on a Ray cluster."""
 
+import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 from joblib import parallel_config
 from ray.util.joblib import register_ray
+
+PATIENCE = 30  # seconds that a cluster may take to answer
 
 
 @contextmanager
@@ -15,7 +19,8 @@ def joined(address: str) -> Iterator[None]:
     Raises ConnectionError where none is there, and ValueError for one of a single CPU.
     """
     try:
-        ray.init(address, log_to_driver=False)
+        _reach(address)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"No Ray cluster answers at RAY={address} ({error}): docs/cluster.md says how one is started."
@@ -28,3 +33,10 @@ def joined(address: str) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError or ValueError for a host and port where nothing answers: Ray would wait for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        socket.create_connection((host, int(port)), PATIENCE).close()
