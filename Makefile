@@ -45,6 +45,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo "PROFILE=<name or path.toml>, MODEL= and DPO_MODEL=<hub id or folder> and DATA=<data> choose what to study."
+	@echo "DASK=<scheduler> or RAY=<address> has a cluster compute it (docs/cluster.md)."
 
 .PHONY: figures
 figures: $(EXECUTED) ## run the notebooks and draw every figure into figures/<profile>/
@@ -123,6 +124,11 @@ $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=<one>.")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable .
+	touch $@
+
+# What only RAY= needs besides.
+$(VENV)/ray: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray]'
 	touch $@
 
 # What only test-browser needs besides.

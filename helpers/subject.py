@@ -20,7 +20,7 @@ from helpers.lm.batches import Tokens
 from helpers.lm.recipe import Recipe
 from helpers.lm.training import TrainingPair
 from helpers.profiles import Profile
-from helpers.stages import artifacts, examined, pairs, parallel, trials
+from helpers.stages import artifacts, engines, examined, pairs, parallel, trials
 from helpers.stages.artifacts import Artifact
 from helpers.stages.encoded import encoded_pairs
 from helpers.stages.loaded import OneModel, Placement
@@ -221,7 +221,10 @@ Stages = Callable[[Subject], object]  # asks a study for some of its stages, whi
 
 def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
     """Compute for each study what it lacks of each of some stages, by default of what partners are compared by
-    (`measure`): in processes of their own where models are small, else one after the other."""
+    (`measure`): in processes of their own where models are small, else one after the other.
+
+    Raises what `parallel.each` does, and FileNotFoundError where a cluster left nothing that this process finds.
+    """
     stages = stages or (lambda study: study.measure(),)
     missing = [(study, asked) for study in studies for asked in stages if not study.has(asked)]
     # what takes long is not left to the end
@@ -229,12 +232,24 @@ def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
     kinds = [(type(study), study.profile, asked) for study, asked in missing]
     if missing and _is_small(missing[0][0]):
         parallel.each(_compute, kinds, name)
+        _check_found(missing, name)
     elif len(studies) == 1:  # its model may be in memory already
         for study, asked in missing:
             asked(study)
     else:  # one model in memory: a study of its own each, gone with its model when it is done
         for kind in kinds:
             _compute(kind)
+
+
+def _check_found(asked: Sequence[tuple[Subject, Stages]], name: str) -> None:
+    cluster = engines.cluster()
+    lost = sum(not study.has(stages) for study, stages in asked) if cluster else 0
+    if lost:
+        raise FileNotFoundError(
+            f"The workers of {cluster} are done with {name}, but {lost} of {len(asked)} are not found in "
+            f"{artifacts.root()} here: give all machines the same code and packages, and mount that folder as "
+            "docs/cluster.md says."
+        )
 
 
 def _is_small(subject: Subject) -> bool:

@@ -168,6 +168,15 @@ def test_prepare_computes_other_stages_where_they_are_asked_for(trained):
     assert missing.has(lambda s: s.chosen.adapter) and not missing.has(Study.measure)
 
 
+def test_what_a_cluster_left_where_it_is_not_found_here_is_told(trained, monkeypatch):
+    monkeypatch.setattr(parallel, "each", lambda *_: None)
+    missing = [trained, trained.variant(seed=10), trained.variant(seed=11)]
+    study.prepare(missing, "two partners")
+    monkeypatch.setenv("DASK", "tcp://host:8786")
+    with pytest.raises(FileNotFoundError, match="DASK=tcp://host:8786 are done with two partners, but 2 of 2 are not"):
+        study.prepare(missing, "two partners")
+
+
 def test_a_partner_that_cannot_be_trained_is_told_and_not_kept(trained):
     failing = trained.variant(learning_rate=float("inf"))
     with pytest.raises(ValueError, match="not finite"):

@@ -6,16 +6,16 @@ computes it leaves in the artefact cache; one thread each, so that its bytes do 
 
 import ctypes
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed
 from joblib.externals.loky import process_executor
 from tqdm import tqdm
 
-IDLE = 20  # seconds that a worker waits for more, since starting one takes several: then its memory is free again
+from helpers.stages import engines
 
 
 @contextmanager
@@ -30,16 +30,27 @@ def one_thread() -> Iterator[None]:
 
 
 def each(function: Callable, items: Sequence, name: str) -> None:
-    """Call `function(item)` for every item in worker processes, with a progress bar. What it raises is raised here."""
+    """Call `function(item)` for every item in worker processes, with a progress bar. What it raises is raised here.
+
+    Raises what `engines.engine` does, and FileNotFoundError where a cluster's worker does not see the artefact folder.
+    """
     if not items:
         return
     _give_back()
-    # never one job: joblib would run it in this process
-    jobs = max(2, min(len(items), os.cpu_count() or 1))
-    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1, idle_worker_timeout=IDLE):
-        done = Parallel(return_as="generator_unordered")(delayed(_alone)(function, item) for item in items)
-        for _ in tqdm(done, desc=name, total=len(items), leave=False):
-            pass
+    with engines.engine(len(items)) as seen, tqdm(desc=name, total=len(items), leave=False) as bar:
+        _WithBar(bar)(delayed(_alone)(function, item, seen) for item in items)
+
+
+class _WithBar(Parallel):
+    """joblib's, all handed out at once, for a worker that comes later too. Its own bar needs no results as they come,
+    which Ray's does not give."""
+
+    def __init__(self, bar: tqdm):
+        super().__init__(pre_dispatch="all")
+        self._bar = bar
+
+    def print_progress(self) -> None:
+        self._bar.update(self.n_completed_tasks - self._bar.n)
 
 
 def _give_back() -> None:
@@ -49,12 +60,17 @@ def _give_back() -> None:
         trim(0)
 
 
-def _alone(function: Callable, item) -> None:
+def _alone(function: Callable, item, seen: Path | None) -> None:
+    if seen is not None:
+        engines.look_for(seen)
     torch.set_num_threads(1)
     # loky takes memory that malloc keeps (Makefile) for a leak, and would start another worker for the items left
     process_executor._MAX_MEMORY_LEAK_SIZE = math.inf
     shown = tqdm.__init__
     # the bars of several processes overwrite each other
     tqdm.__init__ = lambda self, *args, **kwargs: shown(self, *args, **(kwargs | {"disable": True}))
-    function(item)
+    try:
+        function(item)
+    finally:
+        tqdm.__init__ = shown
     _give_back()

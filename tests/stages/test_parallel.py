@@ -1,4 +1,4 @@
-"""Worker processes: every item once, one thread each, and what fails is told here."""
+"""Worker processes here: every item once, one thread each, and what fails is told here."""
 
 import json
 import os
@@ -6,15 +6,17 @@ import time
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 from tqdm import tqdm
 
-from helpers.stages import parallel
+from helpers.stages import artifacts, parallel
 
 
 def note(path):
     """What a worker is, left where this process finds it: that nothing was left before shows that it ran once."""
+    threads = max(torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info()))  # NumPy's too
     with open(path, "x") as file:
-        json.dump({"process": os.getpid(), "threads": torch.get_num_threads()}, file)
+        json.dump({"process": os.getpid(), "threads": threads, "artefacts": str(artifacts.root())}, file)
 
 
 def refuse(path):
@@ -43,10 +45,15 @@ def as_it_was(monkeypatch):
     assert found == (2, bar)
 
 
-def test_every_item_is_computed_once_with_one_thread_by_workers_that_may_keep_memory(tmp_path, recwarn, as_it_was):
+def test_every_item_is_computed_once_with_one_thread_by_workers_that_may_keep_memory(
+    tmp_path, recwarn, as_it_was, monkeypatch
+):
     """As malloc does that the Makefile tells to: a new worker has to import everything again."""
-    paths = [tmp_path / str(i) for i in range(6)]
+    paths, shown = [tmp_path / str(i) for i in range(6)], []
+    close = tqdm.close
+    monkeypatch.setattr(tqdm, "close", lambda bar: (shown.append(f"{bar.desc} {bar.n}/{bar.total}"), close(bar)))
     parallel.each(keep_memory, paths, "six")
+    assert shown[0] == "six: 6/6"
     found = [json.loads(path.read_text()) for path in paths]
     assert [worker["threads"] for worker in found] == [1] * 6
     workers = {worker["process"] for worker in found}
@@ -69,7 +76,7 @@ def test_what_a_worker_raises_is_raised_here_by_a_single_item_too(tmp_path, as_i
 
 
 def test_for_no_items_no_worker_is_started(monkeypatch):
-    monkeypatch.setattr(parallel, "Parallel", lambda *_, **__: pytest.fail("started workers"))
+    monkeypatch.setattr(parallel, "_WithBar", lambda *_: pytest.fail("started workers"))
     parallel.each(note, [], "none")
 
 
