@@ -2,8 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from threadpoolctl import threadpool_info
@@ -51,9 +55,11 @@ def test_every_item_is_computed_once_with_one_thread_by_workers_that_may_keep_me
     """As malloc does that the Makefile tells to: a new worker has to import everything again."""
     paths, shown = [tmp_path / str(i) for i in range(6)], []
     close = tqdm.close
-    monkeypatch.setattr(tqdm, "close", lambda bar: (shown.append(f"{bar.desc} {bar.n}/{bar.total}"), close(bar)))
+    monkeypatch.setattr(
+        tqdm, "close", lambda bar: (shown.append((bar.desc.rstrip(": "), bar.n, bar.total)), close(bar))
+    )
     parallel.each(keep_memory, paths, "six")
-    assert shown[0] == "six: 6/6"
+    assert shown[0] == ("six", 6, 6)
     found = [json.loads(path.read_text()) for path in paths]
     assert [worker["threads"] for worker in found] == [1] * 6
     workers = {worker["process"] for worker in found}
@@ -86,3 +92,21 @@ def test_one_thread_ends_with_what_is_inside_and_an_exception_too():
         assert torch.get_num_threads() == 1
         raise KeyError
     assert torch.get_num_threads() == threads
+
+
+def sleep(path):
+    note(path)
+    time.sleep(100)
+
+
+def test_workers_end_soon_after_the_process_that_started_them_was_killed(tmp_path):
+    code = "import sys, pathlib, test_parallel as t; t.parallel.each(t.sleep, [pathlib.Path(sys.argv[1])], 'one')"
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path / "seen"], cwd=Path(__file__).parent)
+    while not (tmp_path / "seen").exists() or not (tmp_path / "seen").read_text():
+        assert parent.poll() is None
+        time.sleep(0.1)
+    worker = psutil.Process(json.loads((tmp_path / "seen").read_text())["process"])
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs([worker], timeout=10)
+    assert not worker.is_running()
