@@ -55,11 +55,9 @@ def test_every_item_is_computed_once_with_one_thread_by_workers_that_may_keep_me
     """As malloc does that the Makefile tells to: a new worker has to import everything again."""
     paths, shown = [tmp_path / str(i) for i in range(6)], []
     close = tqdm.close
-    monkeypatch.setattr(
-        tqdm, "close", lambda bar: (shown.append((bar.desc.rstrip(": "), bar.n, bar.total)), close(bar))
-    )
+    monkeypatch.setattr(tqdm, "close", lambda bar: (shown.append(f"{bar.desc} {bar.n}/{bar.total}"), close(bar)))
     parallel.each(keep_memory, paths, "six")
-    assert shown[0] == ("six", 6, 6)
+    assert shown[0] == "six 6/6"
     found = [json.loads(path.read_text()) for path in paths]
     assert [worker["threads"] for worker in found] == [1] * 6
     workers = {worker["process"] for worker in found}
