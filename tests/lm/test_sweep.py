@@ -38,9 +38,9 @@ TYPES = (
     "apertus", "arcee", "biogpt", "bitnet", "bloom", "cohere", "cohere2", "cwm", "diffllama", "doge", "ernie4_5",
     "ernie4_5_moe", "exaone4", "falcon", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
     "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium",
-    "hunyuan_v1_dense", "jamba", "llama", "ministral", "mistral", "mixtral", "mpt", "nanochat", "nemotron", "olmo", "olmo2",
-    "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss",
-    "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
+    "hunyuan_v1_dense", "jamba", "llama", "ministral", "mistral", "mixtral", "mpt", "nanochat", "nemotron", "olmo",
+    "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
 )  # fmt: skip
 OWN = {name: {"logits_scaling": 4.0} for name in ("granite", "granitemoe", "granitemoeshared")} | {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},  # of a few layers, one has to be attention
@@ -49,16 +49,8 @@ OWN = {name: {"logits_scaling": 4.0} for name in ("granite", "granitemoe", "gran
 VARIANTS = {  # as OPT-350m: without a final norm, and with another width at `final` than in the blocks
     "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False})
 }
-NOT_PLAIN = {
-    "cohere",
-    "cohere2",
-    "gemma2",
-    "nanochat",
-    "vaultgemma",
-    "granite",
-    "granitemoe",
-    "granitemoeshared",
-}  # logits are more than W h
+NOT_PLAIN = {"cohere", "cohere2", "gemma2", "granite", "granitemoe", "granitemoeshared", "nanochat", "vaultgemma"}
+# logits are more than W h
 SEQUENCES = [Tokens(random_ids(n, n), random_ids(m, 9 + m)) for n, m in ((4, 3), (6, 2), (2, 4))]
 PROMPTS = [tokens.prompt for tokens in SEQUENCES]
 
