@@ -2,9 +2,12 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 PROJECT = Path(__file__).resolve().parents[1]
 FULL, LOCKED = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -24,15 +27,29 @@ def writing(folder: Path, variable: str = "") -> Iterator[None]:
     elsewhere = f", or name another with {variable}=" if variable else ""
     try:
         yield
-    except Exception as error:
-        number = getattr(error, "errno", None)
-        if number in FULL or f"(os error {errno.ENOSPC})" in str(error):  # as safetensors, which has no errno, says it
+    except (OSError, SafetensorError) as error:
+        number = _number(error)
+        if number in FULL:
             said = f"No space is left for {folder}: free some{elsewhere}"
-        elif number in LOCKED:
+        elif number in LOCKED and _is_about(folder, error):
             said = f"The folder {folder} cannot be written to: change that{elsewhere}"
         else:
             raise
         raise OSError(f"{said}. What was computed before is kept.") from error
+
+
+def _number(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error, which safetensors has in its words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _is_about(folder: Path, error: OSError | SafetensorError) -> bool:
+    """Whether the file that could not be opened, if one is named, is in a folder or is what the folder would be in."""
+    name = getattr(error, "filename", None)
+    return name is None or Path(name).is_relative_to(folder) or folder.is_relative_to(name)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def each(function: Callable, items: Sequence, name: str) -> None:
         return
     _give_back()
     with engines.engine(len(items)) as seen, tqdm(desc=name, total=len(items), leave=False) as bar:
-        _WithBar(bar)(delayed(_alone)(function, item, seen) for item in items)
+        _WithBar(bar)(delayed(_alone)(function, item, seen, os.getpid()) for item in items)
 
 
 class _WithBar(Parallel):
@@ -66,7 +66,8 @@ def _give_back() -> None:
 
 @cache
 def _end_with(parent: int) -> None:
-    """Have this worker end a second after the process that started it, which may be killed without a word."""
+    """Have this worker end a second after the process that started it, which may be killed without a word, and even
+    before the worker was ready."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -76,9 +77,9 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _alone(function: Callable, item, seen: Path | None) -> None:
+def _alone(function: Callable, item, seen: Path | None, asked_by: int) -> None:
     if seen is None:
-        _end_with(os.getppid())
+        _end_with(asked_by)
     else:
         engines.look_for(seen)
     torch.set_num_threads(1)
