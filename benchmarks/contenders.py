@@ -13,13 +13,14 @@ from repeng.extract import batched_get_hiddens
 from torch import Tensor
 
 from benchmarks.subject import LAYERS, Subject, tokenizer
-from helpers.lm import activations, architecture, batches, decoding
+from helpers.lm import activations, architecture, batches, decoding, likelihoods, tilts
 
 BATCH = 16
 SITE = f"resid[{LAYERS // 2}]"
 DOSES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 GENERATE_PROMPTS, SWEEP_PROMPTS = 16, 4
 NEW_TOKENS = 40
+VECTORS, ANSWERS = 20, 16  # whose KL is computed, and the prompts whose second halves stand for answers
 
 Call = Callable[[], Tensor]
 
@@ -115,3 +116,22 @@ def doses(s: Subject) -> Tensor:
 def chunks(rows: list) -> list[list]:
     """The rows in arrival order, BATCH at a time."""
     return [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+
+
+def kl_of_vectors(s: Subject, by_algebra: bool) -> Call:
+    """KL(goal || model + v) of VECTORS vectors at `final`, summed over each of ANSWERS answers: (VECTORS, ANSWERS). By
+    one product of matrices for all of them (helpers.lm.tilts), or by a softmax each. The goal is another vector's."""
+    answered = [batches.Tokens(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in s.prompts[:ANSWERS]]
+    W, generator = architecture.unembedding(s.model).weight, torch.Generator().manual_seed(0)
+    *vectors, own = torch.randn(VECTORS + 1, W.shape[1], generator=generator)
+    deltas = torch.stack(vectors)
+    goal = [log_p.add(W @ own).log_softmax(-1) for log_p in likelihoods.response_distributions(s.model, answered)]
+
+    def algebra() -> Tensor:
+        base = likelihoods.response_distributions(s.model, answered)
+        return torch.stack([tilts.kl_to_goal(q, p, W @ deltas.T).sum(1) for q, p in zip(base, goal)], dim=1)
+
+    def softmax() -> Tensor:
+        return torch.from_numpy(likelihoods.kl_to(goal, s.model, answered, deltas))
+
+    return algebra if by_algebra else softmax

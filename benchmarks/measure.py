@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import contenders
-from benchmarks.contenders import BATCH, DOSES, GENERATE_PROMPTS, NEW_TOKENS, SWEEP_PROMPTS
+from benchmarks.contenders import BATCH, DOSES, GENERATE_PROMPTS, NEW_TOKENS, SWEEP_PROMPTS, VECTORS
 from benchmarks.subject import LAYERS, LENGTHS, N_PROMPTS, VOCABULARY, WIDTH, Subject, subject
 from helpers.lm import architecture
 
@@ -29,7 +29,8 @@ def main(path: Path) -> None:
     s = subject()
     extraction, differences = measure_extraction(s)
     steering, sweep, agreement = measure_generation(s)
-    times = extraction | steering | sweep
+    vectors = measure_vectors(s)
+    times = extraction | steering | sweep | vectors
     rows = [
         row("extraction / plain forward pass", times, "ours", "plain", 0.80),
         row("extraction / repeng", times, "ours", "repeng", 0.75),
@@ -37,6 +38,7 @@ def main(path: Path) -> None:
         row("extraction / nnsight, stopped before the unembedding", times, "ours", "nnsight_stopped", None),
         row("generation with a vector / without", times, "with vector", "without", 1.05),
         row(f"sweep of {len(DOSES)} doses as one batch / in runs", times, "one batch", "runs", 0.60),
+        row(f"KL of {VECTORS} vectors by algebra / by a softmax each", times, "algebra", "softmax", 0.50),
     ]
     print(table(rows))
     report = {"about": about(), "rows": rows, "seconds": times}
@@ -70,6 +72,15 @@ def measure_generation(s: Subject) -> tuple[Times, Times, float]:
     if agreement < 0.9:  # a greedy answer goes its own way after a tie that rounding has broken
         raise ValueError(f"The two sweeps agree in {agreement:.0%} of the tokens: they do not do the same.")
     return interleaved(steering, REPETITIONS), interleaved(sweep, SWEEP_REPETITIONS), agreement
+
+
+def measure_vectors(s: Subject) -> Times:
+    """Seconds of both ways to the KL of many vectors. Raises ValueError where they differ."""
+    calls = {name: contenders.kl_of_vectors(s, name == "algebra") for name in ("algebra", "softmax")}
+    found = [call() for call in calls.values()]
+    if not torch.allclose(*found, rtol=1e-3, atol=TOLERANCE):
+        raise ValueError("The two ways to the KL of vectors differ: they do not do the same.")
+    return interleaved(calls, SWEEP_REPETITIONS)
 
 
 def check_states(s: Subject, states: dict[str, Tensor]) -> dict[str, float]:

@@ -8,6 +8,8 @@ import tomllib
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 IMPORTED_AS = {"scikit-learn": "sklearn", "rouge-score": "rouge_score"}
 
@@ -23,7 +25,7 @@ def test_what_is_measured_imports_no_more_than_its_requirements():
     missing = project - there - {"accelerate", "huggingface_hub", "filelock"}
     assert {"datasets", "trl", "pandas"} <= missing
     hidden = sorted(IMPORTED_AS.get(name, name) for name in missing)
-    ours = "from helpers.lm import activations, architecture, decoding"
+    ours = "from helpers.lm import activations, architecture, decoding, likelihoods, tilts"
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); {ours}"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -43,5 +45,6 @@ def test_our_own_contenders_do_what_is_timed(monkeypatch):
     deltas = contenders.doses(s)[-2:]
     assert contenders.generate(s, None, 2)().shape == (1, 2, 3)
     assert contenders.generate(s, deltas, 2)().tolist() == contenders.sweep_in_runs(s, deltas)()[:, :2].tolist()
+    assert torch.allclose(*(contenders.kl_of_vectors(s, way)() for way in (True, False)), rtol=1e-3, atol=1e-3)
     states, logits = contenders.ours(s)(), contenders.plain(s)()
     assert (s.model.lm_head(states[:, -1]) - logits).abs().max() < 1e-3
