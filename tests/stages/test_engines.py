@@ -35,12 +35,6 @@ def is_main(path):
     path.write_text(str(threading.current_thread() is threading.main_thread()))
 
 
-def contents(folder):
-    """The bytes of artefacts, but for where the base is and a set in no order, which PEFT writes down."""
-    but = (artifacts.MANIFEST, "adapter_config.json", "README.md")
-    return {name: content for name, content in bytes_of(folder).items() if not name.endswith(but)}
-
-
 def running(**changes):
     """A cluster on this machine."""
     usual = {"n_workers": 1, "threads_per_worker": 1, "memory_limit": 0, "dashboard_address": "127.0.0.1:0"}
@@ -83,9 +77,9 @@ def test_a_cluster_leaves_the_bytes_of_one_machine_though_a_worker_is_killed(one
     ask(two)
     stages = [lambda one: one.chosen.adapter, lambda one: one.answers("base", "heldout")]
     subject.prepare([Killed(PROFILE)], "a study", *stages)
-    made = contents(folder)
+    made = bytes_of(folder)
     assert (folder.parent / "killed").exists() and any(name.endswith("adapter_model.safetensors") for name in made)
-    assert made.items() <= contents(one_machine).items()
+    assert made.items() <= bytes_of(one_machine).items()
 
 
 def test_a_cluster_s_workers_compute_with_one_thread_and_into_the_folder_of_this_process(two, folder, tmp_path, ask):
