@@ -198,3 +198,13 @@ def test_prompts_alone_train_nothing():
 def test_a_prompt_alone_is_a_prompt(pair):
     asked = pair.pairs["heldout"][0]
     assert asked.chosen == asked.rejected == "" and Tokens(pair.prompts("heldout")[0]).response == []
+
+
+def test_where_logits_are_more_than_products_it_is_told_of_whole_answers_and_without_v_opt(trained, kl, monkeypatch):
+    monkeypatch.setattr(report, "logits_are_products", lambda s: False)
+    found = report.kl_by_token(trained)
+    summed = [table.groupby(["arm", "prompt"])["kl"].sum().unstack("prompt") for table in (found, kl)]
+    assert set(found["token"]) == {0} and "v_opt" not in summed[0].index
+    for arm in summed[0].index:
+        np.testing.assert_allclose(summed[0].loc[arm], summed[1].loc[arm], rtol=1e-3, atol=1e-5)
+    assert "v_opt" not in report.in_words(report.shares(trained, found))
