@@ -19,6 +19,7 @@ from typing import TextIO
 import nbformat
 import papermill
 from filelock import FileLock, Timeout
+from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
@@ -52,6 +53,14 @@ class Tee:
     def flush(self) -> None:
         for stream in self.streams:
             stream.flush()
+
+
+class Kernel(AsyncKernelManager):
+    """A kernel that ends without being interrupted first: where it still puts its last answer away, it reports that."""
+
+    async def _async_interrupt_kernel(self) -> None:
+        if not self.shutting_down:
+            await super()._async_interrupt_kernel()
 
 
 def applies(tags: Iterable[str], profile: Profile) -> bool:
@@ -111,7 +120,7 @@ def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -
     with log.open("w") as file:
         papermill.execute_notebook(
             partial, partial, _not_its_own(notebook, parameters), cwd=NOTEBOOKS, progress_bar=False,
-            stdout_file=file, stderr_file=Tee(sys.stderr, file),
+            stdout_file=file, stderr_file=Tee(sys.stderr, file), kernel_manager_class=Kernel,
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its unencrypted port, on loopback
         )  # fmt: skip
     notebook = nbformat.read(partial, as_version=4)

@@ -12,7 +12,7 @@ from tempfile import NamedTemporaryFile
 
 from joblib import parallel_config
 
-from helpers.stages import artifacts
+from helpers.stages import artifacts, orphans
 
 IDLE = 20  # seconds that a worker here waits for more, since starting one takes several: then its memory is free again
 
@@ -39,7 +39,8 @@ def engine(items: int) -> Iterator[Path | None]:
     if named is None:
         # never one job: joblib would run it in this process
         jobs = max(2, min(items, os.cpu_count() or 1))
-        with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1, idle_worker_timeout=IDLE):
+        ending = {"initializer": orphans.end_with, "initargs": (os.getpid(),)}  # at once: other imports take seconds
+        with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1, idle_worker_timeout=IDLE, **ending):
             yield None
     else:
         folder = artifacts.root()

@@ -6,12 +6,8 @@ computes it leaves in the artefact cache; one thread each, so that its bytes do 
 
 import ctypes
 import math
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,7 +38,7 @@ def each(function: Callable, items: Sequence, name: str) -> None:
         return
     _give_back()
     with engines.engine(len(items)) as seen, tqdm(desc=name, total=len(items), leave=False) as bar:
-        _WithBar(bar)(delayed(_alone)(function, item, seen, os.getpid()) for item in items)
+        _WithBar(bar)(delayed(_alone)(function, item, seen) for item in items)
 
 
 class _WithBar(Parallel):
@@ -64,23 +60,8 @@ def _give_back() -> None:
         trim(0)
 
 
-@cache
-def _end_with(parent: int) -> None:
-    """Have this worker end a second after the process that started it, which may be killed without a word, and even
-    before the worker was ready."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _alone(function: Callable, item, seen: Path | None, asked_by: int) -> None:
-    if seen is None:
-        _end_with(asked_by)
-    else:
+def _alone(function: Callable, item, seen: Path | None) -> None:
+    if seen is not None:
         engines.look_for(seen)
     torch.set_num_threads(1)
     # loky takes memory that malloc keeps (Makefile) for a leak, and would start another worker for the items left

@@ -34,11 +34,17 @@ DISTURBED = {
 
 
 @pytest.mark.parametrize("what", DISTURBED)
-def test_whatever_is_otherwise_is_told(place, what):
-    whole = chaos.Reference(place.bytes(), 1.0)
-    assert whole.lost(place) == "nothing of 2 files"
+def test_whatever_is_otherwise_is_told(place, what, capsys):
+    files, outcome = place.bytes(), chaos.Outcome(place, "said", went_well=True)
+    assert chaos._passes("one", outcome, files)
+    assert "| nothing of 2 files | said | passes |" in capsys.readouterr().out
     DISTURBED[what](place)
-    assert re.match(r"1 of 2 files, (artifacts|figures)/", whole.lost(place))
+    assert not chaos._passes("one", outcome, files)
+    assert re.search(r"\| 1 of 2 files, (artifacts|figures)/\S+ first \| said \| FAILS \|", capsys.readouterr().out)
+
+
+def test_a_trial_fails_too_where_its_files_are_right_and_something_else_is_not(place):
+    assert not chaos._passes("one", chaos.Outcome(place, "nothing like it", went_well=False), place.bytes())
 
 
 def test_a_flipped_byte_makes_an_artefact_damaged_wherever_it_is(place):
@@ -52,5 +58,6 @@ def test_a_flipped_byte_makes_an_artefact_damaged_wherever_it_is(place):
 
 def test_a_machine_s_folders_are_not_shown(place):
     (place.folder / "said.txt").write_text(f"No space is left for {PROJECT}/x: free some.\n")
-    assert chaos._sentence(place, r"No space is left for [^\n]*") == "No space is left for .../x: free some."
-    assert chaos._sentence(place, "Another run").startswith("(nothing like it: No space")
+    said = "No space is left for .../x: free some."
+    assert chaos._sentence(place, r"No space is left for [^\n]*") == (said, True)
+    assert chaos._sentence(place, "Another run") == (said, False)

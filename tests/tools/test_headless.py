@@ -115,6 +115,13 @@ def test_nothing_of_the_run_stays_in_the_metadata(good):
     assert not any(cell.metadata.get("tags") == [] for cell in notebook.cells)
 
 
+def test_a_kernel_that_has_answered_is_not_interrupted_as_it_ends(tmp_path):
+    """As it would be in the moment between its last answer and its ignoring interrupts."""
+    noting = "lambda: signal.signal(signal.SIGINT, lambda *_: open('interrupted', 'w').close())"
+    finished_run(tmp_path, f"import signal\nget_ipython().kernel.post_handler_hook = {noting}")
+    assert not (tmp_path / "notebooks" / "interrupted").exists()
+
+
 def test_bars_are_told_from_what_only_looks_alike():
     def left(text, name="stderr"):
         output = nbformat.v4.new_output("stream", name=name, text=text)
