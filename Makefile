@@ -17,6 +17,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 $(if $(word 2,$(PROFILE)),$(error PROFILE=$(PROFILE) has a space in it, which make cannot pass on: rename the file or its folder))
 NAME := $(patsubst %.toml,%,$(notdir $(PROFILE)))
 BUILD := build/$(NAME)
+FIGURES := $(or $(DSTEER_FIGURES),figures)
 # What every notebook is run by: code, profiles and predictions.
 HOUSE := $(shell find helpers -name '*.py') $(wildcard profiles/*.toml) predictions.toml
 ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
@@ -78,7 +79,7 @@ worlds: ## pretrain eight organisms, train DPO and its controls on each, and mea
 
 .PHONY: report
 report: ## write one page about a base and its partner: MODEL=, DPO_MODEL= and DATA=<prompts>, or the organism's
-	$(MAKE) figures/$(patsubst %.toml,%,$(notdir $(PAIR)))/report.html PROFILE="$(PAIR)" DATA="$(PROMPTS)"
+	$(MAKE) $(FIGURES)/$(patsubst %.toml,%,$(notdir $(PAIR)))/report.html PROFILE="$(PAIR)" DATA="$(PROMPTS)"
 
 .PHONY: lab
 lab: $(VENV)/installed ## open JupyterLab in the project's environment
@@ -140,7 +141,7 @@ $(VENV)/browser: $(VENV)/installed
 $(BUILD)/%.ipynb: notebooks/%.ipynb $(HOUSE) $(VENV)/installed $(BUILD)/choice $(wildcard $(filter %.toml,$(PROFILE)))
 	@$(RUN) $* $(CHOICE)
 
-figures/$(NAME)/report.html: $(BUILD)/one_page.ipynb
+$(FIGURES)/$(NAME)/report.html: $(BUILD)/one_page.ipynb tools/page.py
 	$(BIN)/python -m tools.page $< $@
 	@echo "The page is $@."
 

@@ -15,22 +15,23 @@ from torch import Tensor
 
 from helpers import estimates, spectra, strength
 from helpers.data.unrelated import unrelated_texts
-from helpers.estimates import Estimate
+from helpers.estimates import REACHED, Estimate
 from helpers.lm import activations, decoding, encoding, loading, steering
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.profiles import EMBEDDED
 from helpers.stages import sampled
+from helpers.stages.artifacts import Artifact
 from helpers.stages.states import states
 from helpers.stages.tilted import tilted_divergences, tilted_drift
+from helpers.strength import RANDOM
 from helpers.study import Study
 
-RANDOM = 20  # directions, of which the largest effect stands beside a number
 DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)
 ASKED = 4  # prompts answered at each dose
 FIRST = 5  # tokens of unrelated texts
 FEWEST = 8  # answers that an average over one position takes
-NEARLY_ALL, HARDLY_ANY = 0.8, 0.2  # shares that a sentence tells apart
+HARDLY_ANY = 1 - REACHED  # the share below which a sentence says so; nearly all is REACHED and more
 
 
 def moved(s: Study) -> pd.DataFrame:
@@ -168,7 +169,7 @@ def in_words(found: pd.DataFrame) -> str:
     removed = {name: found.loc[f"of KL, {name}"] for name in ("v*", "v_opt") if f"of KL, {name}" in found.index}
     best = removed.get("v_opt", removed["v*"])
     amount = "part of"
-    if best["low"] >= NEARLY_ALL:
+    if best["low"] >= REACHED:
         amount = "nearly all of"
     elif best["high"] <= HARDLY_ANY:
         amount = "hardly any of"
@@ -219,7 +220,7 @@ def elsewhere(s: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, ["cosine", "size", "chance"]).T
 
 
-def _read(s: Study, role: str, texts: Sequence[Tokens]):
+def _read(s: Study, role: str, texts: Sequence[Tokens]) -> Artifact:
     return states(s.lm.role(role), texts, ("prompt_last",))
 
 

@@ -133,10 +133,20 @@ def _control(name: str, values: Sequence, value) -> ipywidgets.Widget:
     return kind(options=options, value=value, description=name, disabled=True)
 
 
-# --- A slider that needs no kernel ---
+# --- Answers as HTML, and a slider that needs no kernel ---
 
-_BOX = "font: 14px/1.5 'DejaVu Sans', Verdana, sans-serif; background: white; color: #222; max-width: 1100px"
-_GRID = "display: grid; gap: 8px 16px; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); margin-bottom: 12px"
+PAPER = (
+    "font: 13px/1.6 'DejaVu Sans', Verdana, sans-serif; background: white; color: #222; padding: 8px; max-width: 1100px"
+)
+GRID = "display: grid; gap: 10px 16px; grid-template-columns: repeat(auto-fit, minmax({}, 1fr));"
+
+
+def answer(role: str, name: str, said: str, below: str = "") -> str:
+    """What a model in a role of figures.COLOURS says, `said` and what stands `below` it as HTML."""
+    return (
+        f'<div data-role="{role}" style="border-top: 3px solid {figures.COLOURS[role]}; padding-top: 4px">'
+        f'<b>{html.escape(name)}</b><div class="said" style="white-space: pre-wrap">{said}</div>{below}</div>'
+    )
 
 
 def dosed(answers: pd.DataFrame, roles: Mapping[str, str], start: float = 1.0) -> HTML:
@@ -153,7 +163,7 @@ def dosed(answers: pd.DataFrame, roles: Mapping[str, str], start: float = 1.0) -
     )
     name = f"doses-{hashlib.sha256(parts.encode()).hexdigest()[:8]}"
     return HTML(
-        f'<div id="{name}" style="{_BOX}"><label>dose λ <input type="range" style="width: 240px" '
+        f'<div id="{name}" style="{PAPER}"><label>dose λ <input type="range" style="width: 240px" '
         f'min="0" max="{len(doses) - 1}" value="{doses.index(start)}"> <b>{start:g}</b></label>{parts}</div>'
         f'<script>{{ const box = document.getElementById("{name}");\n{_TURN} }}</script>'
     )
@@ -166,9 +176,6 @@ if (!part.hidden) box.querySelector("b").textContent = part.dataset.dose; });"""
 
 def _asked(row: pd.Series, roles: Mapping[str, str]) -> str:
     """A prompt and what each model answers to it."""
-    answers = "".join(
-        f'<div style="border-top: 3px solid {figures.COLOURS[role]}; padding-top: 4px"><b>{html.escape(name)}</b>'
-        f'<div class="said" style="white-space: pre-wrap">{html.escape(row[name])}</div></div>'
-        for name, role in roles.items()
-    )
-    return f'<p style="margin: 10px 0 4px"><i>{html.escape(row["prompt"])}</i></p><div style="{_GRID}">{answers}</div>'
+    said = "".join(answer(role, name, html.escape(row[name])) for name, role in roles.items())
+    prompt = html.escape(row["prompt"])
+    return f'<p style="margin: 10px 0 4px"><i>{prompt}</i></p><div style="{GRID.format("165px")}">{said}</div>'

@@ -26,7 +26,7 @@ from helpers.stages import artifacts
 
 BUILD = places.PROJECT / "build" / "chaos"  # make's folder for the profile
 TRIALS = places.PROJECT / "build" / "chaos-trials"
-RUN = ("00", "02", "04")  # the notebooks' numbers: all of them would take an hour more, and these compute in every way
+RUN = ("00", "02", "04")  # notebooks' numbers: these compute in every way, and all take several times as long
 KILLS = 10
 SOON = 10  # seconds in which what a killed process had started has to end
 

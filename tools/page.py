@@ -5,6 +5,7 @@ it asks nothing of a network or a kernel.
 """
 
 import argparse
+import html
 import re
 from pathlib import Path
 
@@ -27,7 +28,7 @@ pre { white-space: pre-wrap; }
 def page(notebook: Path) -> str:
     """An executed notebook as HTML. Its title is the heading that the first cell begins with."""
     found = nbformat.read(notebook, as_version=4)
-    title = re.match(r"# (.*)", found.cells[0].source)[1]
+    title = html.escape(re.match(r"# (.*)", found.cells[0].source)[1])
     found.cells = found.cells[1:]
     exporter = HTMLExporter(
         template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True

@@ -148,11 +148,6 @@ def _said(verdicts: dict[str, str]) -> str:
 
 # --- The page ---
 
-PAPER = (
-    "font: 13px/1.6 'DejaVu Sans', Verdana, sans-serif; background: white; color: #222; padding: 8px; max-width: 1100px"
-)
-GRID = "display: grid; gap: 10px 16px; grid-template-columns: repeat(auto-fit, minmax({}, 1fr));"
-
 
 def page(explorer: Explorer, view: View) -> str:
     """A view as HTML: the four answers, their colours' key, the next-token distribution and the plane."""
@@ -167,9 +162,9 @@ def page(explorer: Explorer, view: View) -> str:
         )
     )  # fmt: skip
     return (
-        f'<div data-dose="{view.setting.dose:g}" style="{PAPER}">'
-        f'<div style="{GRID.format("165px")}">{answers}</div>'
-        f'<p style="margin: 8px 0">{_key()}</p><div style="{GRID.format("300px")}">{pictures}</div></div>'
+        f'<div data-dose="{view.setting.dose:g}" style="{widgets.PAPER}">'
+        f'<div style="{widgets.GRID.format("165px")}">{answers}</div>'
+        f'<p style="margin: 8px 0">{_key()}</p><div style="{widgets.GRID.format("300px")}">{pictures}</div></div>'
     )
 
 
@@ -178,11 +173,8 @@ def _answer(role: str, told: Told) -> str:
         f'<span title="{change:+.2f} nats" style="{_style(change)}">{html.escape(token)}</span>'
         for token, change in zip(told.tokens, told.changes)
     )
-    return (
-        f'<div data-role="{role}" style="border-top: 3px solid {COLOURS[role]}; padding-top: 4px">'
-        f'<b>{NAMES[role]}</b><div class="said" style="white-space: pre-wrap">{tokens}</div>'
-        f'<div style="color: {GREY}; font-size: 12px">{html.escape(_said(told.verdicts))}</div></div>'
-    )
+    judged = f'<div style="color: {GREY}; font-size: 12px">{html.escape(_said(told.verdicts))}</div>'
+    return widgets.answer(role, NAMES[role], tokens, judged)
 
 
 def _style(change: float) -> str:

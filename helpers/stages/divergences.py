@@ -21,7 +21,7 @@ def divergences(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tens
     """
     with role.opened() as model:
         vocabulary = architecture.vocabulary(model)
-    parts, named = list(_in_memory(answered, vocabulary)), f"KL, {role.name} + {len(deltas)} doses"
+    parts, named = list(in_memory(answered, vocabulary)), f"KL, {role.name} + {len(deltas)} doses"
     found = [
         _kl(role, goal, answered, deltas, part, named if len(parts) == 1 else f"{named}, part {i} of {len(parts)}")
         for i, part in enumerate(parts, start=1)
@@ -38,7 +38,7 @@ def _kl(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tensor, part
         return likelihoods.kl_to(distributions, model, some, given, progress)
 
 
-def _in_memory(answered: Sequence[Tokens], vocabulary: int) -> Iterator[slice]:
+def in_memory(answered: Sequence[Tokens], vocabulary: int) -> Iterator[slice]:
     """As many answers at a time as their next-token distributions may be kept in memory."""
     longest = max(len(tokens.response) for tokens in answered)
     n = max(1, likelihoods.MAX_LOGITS // (vocabulary * max(longest, 1)))

@@ -1,6 +1,6 @@
 """Constant vectors at `final` as tilts of a model's distributions (lm/tilts.py), where its logits are W h."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,8 @@ from torch import Tensor
 from helpers.lm import architecture, likelihoods, steering, tilts
 from helpers.lm.batches import Tokens
 from helpers.stages.artifacts import stage
+from helpers.stages.divergences import in_memory
 from helpers.stages.roles import Role
-
-AT_A_TIME = 32  # answers whose distributions are in memory
 
 
 @stage
@@ -44,14 +43,10 @@ def tilted_divergences(role: Role, goal: Role, answered: Sequence[Tokens], delta
     logits are more than W h.
     """
     A, found = _unembedding(role) @ deltas.T, []
-    for first in range(0, len(answered), AT_A_TIME):
-        some = answered[first : first + AT_A_TIME]
-        both = zip(_distributions(role, some), _distributions(goal, some))
-        for i, (base, wanted) in enumerate(both, start=first):
-            kl = tilts.kl_to_goal(base, wanted, A).numpy()
-            arm, token = np.indices(kl.shape)
-            rows = {"arm": arm.ravel(), "prompt": i, "token": token.ravel(), "kl": kl.ravel()}
-            found.append(pd.DataFrame(rows))
+    for i, (base, wanted) in enumerate(zip(_distributions(role, answered), _distributions(goal, answered))):
+        kl = tilts.kl_to_goal(base, wanted, A).numpy()
+        arm, token = np.indices(kl.shape)
+        found.append(pd.DataFrame({"arm": arm.ravel(), "prompt": i, "token": token.ravel(), "kl": kl.ravel()}))
     return pd.concat(found).sort_values(["arm", "prompt", "token"], ignore_index=True)
 
 
@@ -71,8 +66,12 @@ def _unembedding(role: Role) -> Tensor:
     return W
 
 
-def _distributions(role: Role, answered: Sequence[Tokens]) -> list[Tensor]:
-    """A model's next-token log-probabilities at every token of some answers: (T, vocabulary) float32 each."""
+def _distributions(role: Role, answered: Sequence[Tokens]) -> Iterator[Tensor]:
+    """A model's next-token log-probabilities at every token of each answer, (T, vocabulary) float32, as many answers at
+    a time as memory holds."""
     with role.opened() as model:
-        found = likelihoods.response_distributions(model, answered, f"distributions, {role.name}")
-    return [logps.float() for logps in found]
+        vocabulary = architecture.vocabulary(model)
+    for part in in_memory(answered, vocabulary):
+        with role.opened() as model:
+            found = likelihoods.response_distributions(model, answered[part], f"distributions, {role.name}")
+        yield from (logps.float() for logps in found)

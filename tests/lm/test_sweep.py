@@ -49,8 +49,8 @@ OWN = {name: {"logits_scaling": 4.0} for name in ("granite", "granitemoe", "gran
 VARIANTS = {  # as OPT-350m: without a final norm, and with another width at `final` than in the blocks
     "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False})
 }
+# Whose logits are more than W h.
 NOT_PLAIN = {"cohere", "cohere2", "gemma2", "granite", "granitemoe", "granitemoeshared", "nanochat", "vaultgemma"}
-# logits are more than W h
 SEQUENCES = [Tokens(random_ids(n, n), random_ids(m, 9 + m)) for n, m in ((4, 3), (6, 2), (2, 4))]
 PROMPTS = [tokens.prompt for tokens in SEQUENCES]
 

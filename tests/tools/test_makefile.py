@@ -93,7 +93,7 @@ def project(tmp_path):
     """The Makefile with a small house, made-up notebooks and a python that only takes notes."""
     for name in ("Makefile", "pyproject.toml", "predictions.toml"):
         shutil.copy(PROJECT / name, tmp_path)
-    for name in ("helpers/lm/loading.py", "profiles/atlas.toml", "notebooks/.keep"):
+    for name in ("helpers/lm/loading.py", "profiles/atlas.toml", "notebooks/one_page.ipynb", "tools/page.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     for name, source in SOURCES.items():
@@ -118,6 +118,23 @@ def ran(project: Path, *arguments: str) -> list[str]:
     assert done.returncode == 0, done.stderr
     calls = project / "calls"
     return [line.split("|")[0] for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("given", "profile", "data"),
+    [
+        ((), "atlas", ""),
+        (("MODEL=b", "DPO_MODEL=d"), "report", "prompts:profiles/prompts.jsonl"),
+        (("MODEL=b", "DPO_MODEL=d", "DATA=q.csv"), "report", "prompts:q.csv"),
+        (("MODEL=b", "DPO_MODEL=d", "DATA=prompts:q.csv", "PROFILE=mine.toml"), "mine.toml", "prompts:q.csv"),
+        (("MODEL=b", "DATA=pairs.csv"), "report", "pairs.csv"),
+    ],
+)
+def test_a_report_is_about_the_pair_and_the_prompts_that_are_given(project, given, profile, data):
+    commands = make(project, "-n", "report", *given).stdout
+    assert f'headless one_page --profile "{profile}"' in commands and f'--data "{data}"' in commands
+    name = profile.removesuffix(".toml")
+    assert f"tools.page build/{name}/one_page.ipynb figures/{name}/report.html" in commands
 
 
 def touch(path: Path) -> None:
