@@ -32,7 +32,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     clean = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(("MAKE", "MFLAGS", "PROFILE", "MODEL", "DPO_MODEL", "DATA"))
+        if not key.startswith(("MAKE", "MFLAGS", "PROFILE", "MODEL", "DPO_MODEL", "DATA", "DSTEER_"))
     }
     return subprocess.run(["make", *arguments], cwd=folder, env=clean, capture_output=True, text=True, timeout=60)
 
