@@ -18,14 +18,14 @@ from helpers.lm.batches import Tokens
 from helpers.lm.steering import SteeringVector
 from helpers.stages.one_vector import one_vector
 from helpers.stages.sampled import Answers, sampled, under_arms
+from helpers.stages.shifts import CONTEXTS
 from helpers.stages.site_choice import USUAL
 from helpers.stages.states import final_states, states
 from helpers.stages.tilted import nearest_vector
 from helpers.stages.verdicts import verdicts, with_ends
 from helpers.subject import Subject
 
-ANSWERED = 128  # held-in prompts whose answers by the partner v_opt is found on,
-CONTEXTS = 1024  # and tokens of them
+ANSWERED = 256  # held-in prompts whose answers by the partner v_opt is found on
 
 
 class Steered(Subject):

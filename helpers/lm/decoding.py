@@ -65,7 +65,8 @@ def sample(
     an answer (`encoding.ends`).
 
     seed: None decodes greedily, which is worth one draw. deltas: what each arm adds at `site` (a dose times a
-    direction), (arms, d), or (arms, prompts, d) where every prompt has its own; None is one arm that adds nothing.
+    direction), (arms, d), or with its own for every prompt and, at `final`, every token (`steering.by_prompt`); None is
+    one arm that adds nothing.
     span: "response" steers every position that predicts a token of the response, so from the prompt's last token on;
     "prompt" the prompt's own positions alone, the last among them; "all" both. Where memory does not suffice, batches
     are halved. Raises ValueError for an empty prompt or one that leaves no room for the answer, and for deltas of
@@ -92,7 +93,7 @@ def sample(
 
 
 def _checked(model: nn.Module, site: str | None, deltas: Tensor | None, span: str, prompts: int) -> Tensor | None:
-    """Deltas for every prompt, (arms, prompts, d), where there are any."""
+    """Deltas for every prompt and token, (arms, prompts, tokens, d), where there are any."""
     if (site is None) != (deltas is None):
         raise ValueError("To steer give both a site and deltas, and neither otherwise.")
     if span not in SPANS:
@@ -100,7 +101,12 @@ def _checked(model: nn.Module, site: str | None, deltas: Tensor | None, span: st
     if deltas is None:
         return None
     steering.check(model, site, deltas)
-    return steering.by_prompt(deltas, prompts)
+    found = steering.by_prompt(deltas, prompts)
+    if found.shape[2] > 1 and (site, span) != (architecture.FINAL, "response"):
+        raise ValueError(
+            f"A delta for each token of an answer can be added at {architecture.FINAL!r} alone, span 'response'."
+        )
+    return found
 
 
 @torch.no_grad()
@@ -110,7 +116,7 @@ def _decode(model, tokenizer, prompts, chunk, arms, draws, new_tokens, seed, sit
     branches = _Branches(model, *_left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device))
     rows = _rows(chunk, arms, draws)
     if deltas is not None:
-        deltas = deltas[:, chunk].transpose(0, 1).flatten(0, 1).to(model.device)  # (prompts * arms, d)
+        deltas = deltas[:, chunk].transpose(0, 1).flatten(0, 1).to(model.device)  # (prompts * arms, tokens, d)
     noise = None if seed is None else GumbelNoise(chunk, seed, draws)
     width = branches.length
     first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
@@ -260,7 +266,7 @@ def _read_by_source(
     stop: int | None,
 ) -> Iterator[None]:  # fmt: skip
     """Inside, the unembedding reads a state for each of the rows' readers, that of its branch's last token, and each
-    source's deltas, (sources, d), are added at `site`, from position `first` until before `stop`.
+    source's deltas, (sources, tokens, d), are added at `site`, from position `first` until before `stop`.
 
     The hooks see branches and rows as they are at each pass, between which both change.
     """
@@ -268,13 +274,16 @@ def _read_by_source(
 
     def in_block(states: Tensor) -> Tensor:
         of_branches = deltas.new_zeros(len(branches), states.shape[-1])
-        of_branches[rows.branch] = deltas[rows.source]
+        of_branches[rows.branch] = deltas[rows.source, 0]
         return moved(states, of_branches, branches.length - states.shape[1])
 
     def at_final(states: Tensor) -> Tensor:
         branch, source, _ = (x.to(states.device) for x in rows.readers())
-        last = states[branch, -1:]
-        return moved(last, deltas[source], branches.length - 1) if site == architecture.FINAL else last
+        last, position = states[branch, -1:], branches.length - 1
+        if site != architecture.FINAL:
+            return last
+        token = min(max(position - first, 0), deltas.shape[1] - 1)
+        return moved(last, deltas[source, token], position)
 
     with ExitStack() as stack:
         if not _leaves_states(site):

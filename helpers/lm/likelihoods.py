@@ -19,9 +19,9 @@ def response_logits(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (index, log-softmax (arms, T, vocabulary), targets (T,)) for every sequence's response of T tokens.
 
-    deltas: what each arm adds at `final`, where it is a constant bias on the logits (section 2.2): (arms, d), or
-    (arms, sequences, d) where every sequence has its own. All arms share the forward pass up to there; None is one arm
-    without a change. progress: the name of a progress bar.
+    deltas: what each arm adds at `final`, where it is a bias on the logits (section 2.2), (arms, d), or with its own for
+    every sequence and token (`steering.by_prompt`). All arms share the forward pass up to there; None is one arm without
+    a change. progress: the name of a progress bar.
     """
     architecture.check_sequences(model, [s.ids if s.prompt else [] for s in sequences])
     arms = 1 if deltas is None else len(deltas)
@@ -34,7 +34,7 @@ def response_logits(
         batch = [sequences[i] for i in indices]
         inputs, attended = batches.right_padded([s.ids for s in batch], model.device)
         with activations.hooked(
-            model, architecture.FINAL, _responses_alone(batch, None if deltas is None else deltas[:, indices])
+            model, architecture.FINAL, responses_alone(batch, None if deltas is None else deltas[:, indices])
         ):
             logits = architecture.causal_lm(model)(input_ids=inputs, attention_mask=attended, use_cache=False).logits
         answers = logits.split([len(s.response) for s in batch], dim=1)
@@ -48,15 +48,17 @@ def response_logits(
             bar.update(len(batch))
 
 
-def _responses_alone(batch: Sequence[Tokens], deltas: Tensor | None) -> Callable[[Tensor], Tensor]:
+def responses_alone(batch: Sequence[Tokens], deltas: Tensor | None) -> Callable[[Tensor], Tensor]:
     """Turn the final states of a batch into those that predict its responses, end to end, for each arm: the unembedding
-    then reads (arms, all response tokens, d). deltas: (arms, batch, d) or None."""
-    where = [(row, t) for row, s in enumerate(batch) for t in range(len(s.prompt) - 1, len(s.ids) - 1)]
-    rows, positions = torch.tensor(where, dtype=torch.long).view(-1, 2).unbind(1)
+    then reads (arms, all response tokens, d). deltas: (arms, batch, tokens, d) or None."""
+    where = [(row, len(s.prompt) - 1 + t, t) for row, s in enumerate(batch) for t in range(len(s.response))]
+    rows, positions, tokens = torch.tensor(where, dtype=torch.long).view(-1, 3).unbind(1)
 
     def change(states: Tensor) -> Tensor:
         read = states[rows.to(states.device), positions.to(states.device)]
-        return read[None] if deltas is None else read[None] + deltas[:, rows].to(read)
+        if deltas is None:
+            return read[None]
+        return read[None] + deltas[:, rows, tokens.clamp(max=deltas.shape[2] - 1)].to(read)
 
     return change
 
@@ -74,6 +76,26 @@ def response_logps(
 def response_distributions(model: nn.Module, sequences: Sequence[Tokens], progress: str | None = None) -> list[Tensor]:
     """The next-token log-probabilities at every response token: one (T, vocabulary) tensor a sequence."""
     found = {i: distributions[0] for i, distributions, _ in response_logits(model, sequences, None, progress)}
+    return [found[i] for i in range(len(sequences))]
+
+
+@torch.no_grad()
+def response_states(model: nn.Module, sequences: Sequence[Tokens], progress: str | None = None) -> list[Tensor]:
+    """The states at `final` that predict each token of a response: one (T, d) float32 tensor a sequence."""
+    architecture.check_sequences(model, [s.ids if s.prompt else [] for s in sequences])
+
+    def compute(indices: list[int]) -> list[tuple[int, Tensor]]:
+        batch = [sequences[i] for i in indices]
+        inputs, attended = batches.right_padded([s.ids for s in batch], model.device)
+        found = architecture.decoder(model)(input_ids=inputs, attention_mask=attended, use_cache=False)
+        read = responses_alone(batch, None)(found.last_hidden_state)[0].float().cpu()
+        return list(zip(indices, read.split([len(s.response) for s in batch])))
+
+    with tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
+        found = {}
+        for batch in batches.shrinking([len(s.ids) for s in sequences], batches.MAX_BATCH_TOKENS, compute):
+            found |= batch
+            bar.update(len(batch))
     return [found[i] for i in range(len(sequences))]
 
 

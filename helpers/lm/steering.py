@@ -61,17 +61,21 @@ class _Positions:
 
 
 def by_prompt(deltas: Tensor, prompts: int) -> Tensor:
-    """Deltas with one for every prompt, (arms, prompts, d), from those or from (arms, d), the same for all prompts.
+    """Deltas with one for every prompt and token of its answer, (arms, prompts, tokens, d), from those, from (arms,
+    prompts, d), the same for every token, or from (arms, d), the same for all prompts too. One prompt's (arms, 1,
+    tokens, d) are every prompt's. Of fewer tokens than an answer has, the last one's are those of all that follow.
 
     Raises ValueError for any other shape, and for no arm at all.
     """
     if not len(deltas):
         raise ValueError("There is no arm to compute: give at least one delta.")
-    if deltas.ndim == 3 and deltas.shape[1] == prompts:
-        return deltas
-    if deltas.ndim != 2:
-        raise ValueError(f"Deltas must be (arms, d) or (arms, {prompts}, d), got shape {tuple(deltas.shape)}.")
-    return deltas[:, None].expand(-1, prompts, -1)
+    given = deltas[:, None, None] if deltas.ndim == 2 else deltas[:, :, None] if deltas.ndim == 3 else deltas
+    if given.ndim != 4 or given.shape[1] not in (1, prompts) or (deltas.ndim == 3 and given.shape[1] != prompts):
+        raise ValueError(
+            f"Deltas must be (arms, d), (arms, {prompts}, d) or (arms, 1 or {prompts}, tokens, d), got shape "
+            f"{tuple(deltas.shape)}."
+        )
+    return given.expand(-1, prompts, -1, -1)
 
 
 def check(model: nn.Module, site: str, delta: Tensor) -> None:

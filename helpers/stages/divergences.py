@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from helpers.lm import architecture, likelihoods
+from helpers.lm import architecture, likelihoods, steering
 from helpers.lm.batches import Tokens
 from helpers.stages import tables
 from helpers.stages.artifacts import stage
@@ -17,7 +17,7 @@ from helpers.stages.roles import Role
 def divergences(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tensor) -> pd.DataFrame:
     """A row an arm and a prompt: `kl`, KL(goal || steered) in nats, summed over an answer's tokens.
 
-    answered: the goal's own answers. deltas: what each arm adds to `role` at `final`, (arms, d) or (arms, N, d).
+    answered: the goal's own answers. deltas: what each arm adds to `role` at `final` (`steering.by_prompt`).
     """
     with role.opened() as model:
         vocabulary = architecture.vocabulary(model)
@@ -31,7 +31,7 @@ def divergences(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tens
 
 def _kl(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tensor, part: slice, progress: str) -> np.ndarray:
     some = answered[part]
-    given = deltas[:, part] if deltas.ndim == 3 else deltas
+    given = steering.by_prompt(deltas, len(answered))[:, part]
     with goal.opened() as model:
         distributions = likelihoods.response_distributions(model, some, f"{progress}, the goal")
     with role.opened() as model:

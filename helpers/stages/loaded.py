@@ -83,8 +83,10 @@ class OneModel:
 
     # --- What stages are handed ---
 
-    def role(self, name: str) -> Role:
-        """The model in a role, as stages take it."""
+    def role(self, name: str | Role) -> Role:
+        """The model in a role, as stages take it; one that is a Role already, such as a changed model, as it is."""
+        if isinstance(name, Role):
+            return name
         key = self._key() if name == "base" else self._key(self.partner_files())
         return Role(name, key, lambda: self.playing(name), lambda: self.tokenizer)
 

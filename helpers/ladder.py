@@ -1,0 +1,237 @@
+"""How much of DPO is a vector? A ladder from one constant vector to the partner itself, each rung free in more.
+
+A rung is the base with something added, or the partner with something taken away: where it stands is the share of
+KL(partner || base) that it removes, and of the behaviour that it recovers. What is found by KL is found on the
+partner's answers to held-in prompts, its penalties, doses and stops on those to validation prompts, and told on
+held-out ones.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from helpers import estimates, report, spectra
+from helpers.lm import adapters, steering
+from helpers.lm.architecture import FINAL
+from helpers.lm.batches import Tokens
+from helpers.stages import changed
+from helpers.stages.beliefs import beliefs
+from helpers.stages.block_vectors import nearest_vectors
+from helpers.stages.divergences import divergences
+from helpers.stages.roles import Role
+from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind, one_hot, shifts
+from helpers.study import Study
+
+ANSWERED = {"heldin": 256, "validation": 128}  # prompts, on whose answers by the partner shifts at `final` are found,
+THROUGH = {"heldin": 128, "validation": 64}  # and vectors in the blocks, by gradients through the model
+DOSES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of v*, tried on validation prompts
+SHARES = (0.5, 0.75)  # of what the adapter adds
+CUT = (1, 2)  # ranks of the adapter
+EVERY = 4  # of how many held-out prompts one is asked what is held true: there are many values
+
+
+class Rung(NamedTuple):
+    """A model between base and partner. kind: what it may do that the rungs before may not. role: the model, and
+    deltas, what is added to it at `final` (`steering.by_prompt`). parameters: the numbers that it is free in."""
+
+    name: str
+    kind: str
+    role: Role
+    deltas: Tensor
+    parameters: int
+
+
+def rungs(s: Study) -> list[Rung]:
+    """All rungs that a partner has, from least to most: without shifts at `final` where logits are more than W h, and
+    without an adapter's where the partner is a whole model."""
+    base, v = s.lm.role("base"), s.direction()
+    nothing, dose = torch.zeros_like(v)[None], best_dose(s)
+    found = [
+        Rung("v*", "one vector", base, v[None], len(v)),
+        Rung(f"{dose:g} v*", "one vector", base, dose * v[None], len(v) + 1),
+    ]
+    if report.logits_are_products(s):
+        found += _shifts(s, base, nothing)
+    found += _in_blocks(s, base, nothing)
+    return found + _of_the_adapter(s, nothing)
+
+
+# --- At `final` ---
+
+
+def best_dose(s: Study) -> float:
+    """The dose of v* at `final` among DOSES that takes the base nearest to the partner on validation prompts."""
+    answered = _answered(s, "validation", ANSWERED)
+    arms = torch.tensor(DOSES)[:, None] * s.direction()
+    left = divergences(s.lm.role("base"), s.lm.role("dpo"), answered, arms).groupby("arm")["kl"].mean()
+    return DOSES[int(left.argmin())]
+
+
+def _shifts(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
+    found, d = nearest_shifts(s), nothing.shape[1]
+    by_token, probed, prompted = (of_kind(found, kind) for kind in (TOKEN, PROBE, PROMPT))
+    tokens = by_token.M.shape[1]
+    read = s.final("base", "heldout")
+    added = {
+        "v_opt": (s.nearest_vector()[None], d),
+        "one a token of the answer": (by_token(one_hot(torch.arange(tokens), tokens))[None, None], tokens * d),
+        "two, by a probe of the prompt": (probed(sides(s)["heldout"][:, None])[None], 2 * d + d + 1),
+        "linear in the prompt's state": (prompted(read)[None], prompted.parameters),
+    }
+    kinds = ("one vector", "by position", "by prompt", "by prompt")
+    at_final = [Rung(name, kind, base, z.float(), n) for (name, (z, n)), kind in zip(added.items(), kinds)]
+    heads = [(f"rank {k}", of_kind(found, STATE, k)) for k in LOW_RANKS] + [("full rank", of_kind(found, STATE))]
+    return at_final + [
+        Rung(f"head, {name}", "by state", changed.with_shift(base, shift), nothing, shift.parameters)
+        for name, shift in heads
+    ]
+
+
+def nearest_shifts(s: Study) -> dict[str, Tensor]:
+    """What stages/shifts.py finds for a partner."""
+    of_prompts, answered = sides(s), [_answered(s, split, ANSWERED) for split in ANSWERED]
+    asked = tuple(of_prompts[split][: ANSWERED[split]] for split in ANSWERED)
+    return shifts(*map(s.lm.role, ("base", "dpo")), *answered, asked, s.profile.seed)
+
+
+def sides(s: Study) -> dict[str, Tensor]:
+    """Which of two sides each prompt of a split is on, 1 or -1, (N,), as a linear probe reads it off the base's state.
+
+    The sides are those of held-in displacements along the first of their principal components: what they differ in
+    most. The partner is needed for held-in prompts alone.
+    """
+    moved = s.displacements("heldin").double()
+    along = (moved - moved.mean(0)) @ spectra.spectrum(moved, centred=True).directions[0]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    probe.fit(s.final("base", "heldin").double().numpy(), (along > 0).numpy())
+    splits = ("heldin", "validation", "heldout")
+    return {
+        split: torch.from_numpy(2.0 * probe.predict(s.final("base", split).double().numpy()) - 1) for split in splits
+    }
+
+
+# --- In the blocks ---
+
+
+def _in_blocks(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
+    site, dose = best_in_a_block(s)
+    every, d = s.lm.sites[:-1], nothing.shape[1]
+    found = {
+        f"{dose:g} v* at {site}": {site: dose * s.direction(site)},
+        f"trained at {site}": trained_in_blocks(s, [site]),
+        "trained in all blocks": trained_in_blocks(s, every),
+    }
+    return [
+        Rung(name, "in the blocks", changed.with_vectors(base, vectors), nothing, len(vectors) * d)
+        for name, vectors in found.items()
+    ]
+
+
+def best_in_a_block(s: Study) -> tuple[str, float]:
+    """The site in the blocks and the dose among DOSES at which v*, added at every position, takes the base nearest to
+    the partner on validation prompts."""
+    answered, base, dpo = _answered(s, "validation", THROUGH), s.lm.role("base"), s.lm.role("dpo")
+    nothing, left = torch.zeros_like(s.direction())[None], {}
+    for site in s.lm.sites[:-1]:
+        for dose in DOSES if s.direction(site).any() else ():  # the embeddings are moved by no adapter
+            steered = changed.with_vectors(base, {site: dose * s.direction(site)})
+            left[site, dose] = divergences(steered, dpo, answered, nothing)["kl"].mean()
+    return min(left, key=left.get)
+
+
+def trained_in_blocks(s: Study, sites: Sequence[str]) -> dict[str, Tensor]:
+    """Vectors at sites, trained jointly by KL to the partner (stages/block_vectors.py)."""
+    answered = (_answered(s, split, THROUGH) for split in THROUGH)
+    return nearest_vectors(s.lm.role("base"), s.lm.role("dpo"), *answered, sites)
+
+
+# --- Of the adapter ---
+
+
+def _of_the_adapter(s: Study, nothing: Tensor) -> list[Rung]:
+    dpo = s.lm.role("dpo")
+    with dpo.opened() as model:
+        if not adapters.layers(model):
+            return []
+        n = {rank: adapters.parameters(model, rank) for rank in (*CUT, None)}
+    cut = [Rung(f"adapter, rank {k}", "adapter", changed.with_adapter_cut(dpo, k), nothing, n[k]) for k in CUT]
+    scaled = [
+        Rung(f"{share:g} × adapter", "adapter", changed.with_adapter_scaled(dpo, share), nothing, n[None])
+        for share in SHARES
+    ]
+    return scaled + cut
+
+
+# --- Where a rung stands ---
+
+
+def table(s: Study) -> pd.DataFrame:
+    """A row a rung, between the base and the partner: `kind`, `parameters`, estimates of the share of `KL` removed and
+    of the `behaviour` recovered, the change of the facts' `lead` (nats), and `fluency`: the share of well-formed
+    answers or, where no rule tells, the loss under the base (nats a token). All on held-out prompts."""
+    nothing = torch.zeros_like(s.direction())[None]
+    ends = [Rung(name, "", s.lm.role(role), nothing, 0) for name, role in (("base", "base"), ("partner", "dpo"))]
+    every = [ends[0], *rungs(s), ends[1]]
+    found = measured(s, every)
+    return pd.DataFrame({rung.name: _row(s, rung, found) for rung in every}).T
+
+
+def measured(s: Study, every: Sequence[Rung]) -> dict[str, dict[str, np.ndarray]]:
+    """What is measured of each rung, a number a held-out prompt, (N,): `kl`, KL(partner || rung) of the partner's
+    answer, nats; what the judge says of sampled answers; and `lead`, by how many nats the true value is ahead, of every
+    fourth prompt. Rungs of one model are measured together."""
+    answered, found = s.answered("dpo", s.prompts("heldout")), {}
+    for key in dict.fromkeys(rung.role.key for rung in every):
+        some = [rung for rung in every if rung.role.key == key]
+        role, deltas = some[0].role, _together([rung.deltas for rung in some], len(answered))
+        tables = [divergences(role, s.lm.role("dpo"), answered, deltas), s.sweep(role, FINAL, deltas)]
+        tables += [_leads(s, role, deltas)] if s.task.has_facts else []
+        for arm, rung in enumerate(some):
+            its = [by_arm[by_arm["arm"] == arm].sort_values("prompt") for by_arm in tables]
+            found[rung.name] = {name: column.to_numpy() for by_arm in its for name, column in by_arm.items()}
+    return found
+
+
+def _together(deltas: Sequence[Tensor], prompts: int) -> Tensor:
+    """Deltas of several rungs as the arms of one."""
+    if all(delta.ndim == 2 for delta in deltas):
+        return torch.cat(list(deltas))
+    wide = [steering.by_prompt(delta, prompts) for delta in deltas]
+    tokens = max(delta.shape[2] for delta in wide)
+    last = [delta[:, :, -1:].expand(-1, -1, tokens - delta.shape[2], -1) for delta in wide]
+    return torch.cat([torch.cat(parts, dim=2) for parts in zip(wide, last)])
+
+
+def _leads(s: Study, role: Role, deltas: Tensor) -> pd.DataFrame:
+    pairs = s.pairs["heldout"][::EVERY]
+    if deltas.ndim > 2:  # what is added to a prompt is added to each of the values that are asked about it
+        values = torch.tensor([len(s.task.stated(pair)) for pair in pairs])
+        deltas = deltas[:, ::EVERY].repeat_interleave(values, dim=1)
+    return beliefs(role, s.task, pairs, deltas)
+
+
+def _row(s: Study, rung: Rung, found: dict[str, dict[str, np.ndarray]]) -> dict:
+    its, base, groups = found[rung.name], found["base"], s.factors("heldout")
+    way = {role: found[end]["preferred"] for role, end in (("base", "base"), ("dpo", "partner"))}
+    row = {
+        "kind": rung.kind,
+        "parameters": rung.parameters,
+        "KL": estimates.interval(estimates.removed_share, its["kl"], base["kl"], groups=groups),
+        "behaviour": estimates.share_of_the_way("base", its["preferred"], way, groups),
+    }
+    if "lead" in its:
+        some = groups[:, ::EVERY]
+        row["lead"] = estimates.interval(estimates.difference, its["lead"], base["lead"], groups=some)
+    return row | {"fluency": its["well_formed" if "well_formed" in its else "token_loss"].mean()}
+
+
+def _answered(s: Study, split: str, most: dict[str, int]) -> list[Tokens]:
+    """The partner's answers to some prompts of a split."""
+    return s.answered("dpo", s.prompts(split)[: most[split]])

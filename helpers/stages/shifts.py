@@ -1,0 +1,116 @@
+"""The nearest shifts at `final` that depend on the context linearly (lm/linear_shifts.py), and what they may depend
+on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from helpers.lm import architecture, likelihoods, linear_shifts, steering
+from helpers.lm.batches import Tokens
+from helpers.lm.linear_shifts import LinearShift
+from helpers.stages.artifacts import stage
+from helpers.stages.roles import Role
+
+CONTEXTS = 2048  # tokens of answers that shifts are found on, and as many that choose the penalty
+PENALTIES = (1e-3, 1e-4, 1e-5)  # of which the one that serves validation contexts best
+FEWEST = 32  # contexts that a token of the answer needs for a vector of its own
+TOKEN, PROBE, PROMPT, STATE = KINDS = ("token", "probe", "prompt", "state")  # what x(c) may be
+LOW_RANKS = (1, 2, 4)  # of a change of the head, beside the full one
+
+
+class Contexts(NamedTuple):
+    """Where tokens of answers are predicted, a row each: the base's state there and at the prompt's last token, (N, d)
+    each, the goal's expected embedding E(c), (N, d), which token comes next, (N,), and the side of its prompt, (N,)."""
+
+    states: Tensor
+    prompts: Tensor
+    expected: Tensor
+    tokens: Tensor
+    sides: Tensor
+
+    def features(self, kind: str, tokens: int) -> Tensor:
+        """x(c), (N, p)."""
+        if kind == TOKEN:
+            return one_hot(self.tokens, tokens).to(self.states)
+        return {PROBE: self.sides[:, None], PROMPT: self.prompts, STATE: self.states}[kind]
+
+
+def one_hot(tokens: Tensor, n: int) -> Tensor:
+    """Which of n tokens of an answer comes next, (N, n): those beyond count as the last."""
+    return torch.nn.functional.one_hot(tokens.clamp(max=n - 1), n)
+
+
+@stage
+def shifts(
+    role: Role, goal: Role, heldin: Sequence[Tokens], validation: Sequence[Tokens], sides: tuple[Tensor, Tensor],
+    seed: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The nearest shift of each kind from `role` to `goal`: {"kind rank part": tensor}, `of_kind` reads them.
+
+    heldin, validation: the goal's own answers, on whose tokens shifts are found and the penalty on their squares is
+    chosen. sides: what the probe says of each of their prompts, 1 or -1, (answers,). Raises NoBias where logits are more
+    than W h.
+    """
+    W = _unembedding(role)
+    fit, check = (_contexts(role, goal, W, *given, seed) for given in zip((heldin, validation), sides))
+    tokens = max(1, int((torch.bincount(fit.tokens) >= FEWEST).sum()))
+    found = {}
+    for kind in KINDS:
+        full = _best(W, fit, check, kind, tokens)
+        found[kind, 0] = full[0]
+        if kind == STATE:
+            found |= {(kind, k): _of_rank(W, fit, full, k) for k in LOW_RANKS}
+    return {f"{kind} {rank} {name}": part for (kind, rank), shift in found.items() for name, part in _parts(shift)}
+
+
+def of_kind(found: dict[str, Tensor], kind: str, rank: int = 0) -> LinearShift:
+    """One of the shifts that `shifts` found; rank 0 is the full one."""
+    b, M, mean, scale = (found[f"{kind} {rank} {name}"] for name in ("b", "M", "mean", "scale"))
+    return LinearShift(b, M, mean, scale.item())
+
+
+def _parts(shift: LinearShift) -> list[tuple[str, Tensor]]:
+    parts = (shift.b, shift.M, shift.mean, torch.tensor(shift.scale, dtype=torch.float64))
+    return list(zip(("b", "M", "mean", "scale"), (part.contiguous() for part in parts)))
+
+
+def _best(W: Tensor, fit: Contexts, check: Contexts, kind: str, tokens: int) -> tuple[LinearShift, float]:
+    """The nearest shift of a kind, its penalty the one of PENALTIES under which it serves other contexts best."""
+    loss, other = (linear_shifts.kl_loss(W, c.states, c.expected) for c in (fit, check))
+    x, tried, start = fit.features(kind, tokens), [], None
+    for penalty in PENALTIES:
+        start = linear_shifts.nearest(loss, x, W.shape[1], penalty, start=start)
+        tried.append((other(start(check.features(kind, tokens)))[0], penalty, start))
+    _, penalty, shift = min(tried, key=lambda one: one[0])
+    return shift, penalty
+
+
+def _of_rank(W: Tensor, fit: Contexts, full: tuple[LinearShift, float], rank: int) -> LinearShift:
+    loss = linear_shifts.kl_loss(W, fit.states, fit.expected)
+    return linear_shifts.nearest(loss, fit.states, W.shape[1], full[1], rank, full[0])
+
+
+def _contexts(role: Role, goal: Role, W: Tensor, answered: Sequence[Tokens], sides: Tensor, seed: int) -> Contexts:
+    """CONTEXTS of a goal's answers, drawn at random, or all."""
+    states, its = (_states(one, answered) for one in (role, goal))
+    tokens = torch.cat([torch.arange(len(h)) for h in states])
+    answer = torch.repeat_interleave(torch.arange(len(states)), torch.tensor([len(h) for h in states]))
+    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:CONTEXTS].sort().values
+    first = torch.stack([h[0] for h in states])
+    own, of_goal = torch.cat(states)[drawn], torch.cat(its)[drawn] @ _unembedding(goal).T
+    expected = torch.cat([linear_shifts.expected_embeddings(W, logits) for logits in of_goal.split(linear_shifts.ROWS)])
+    return Contexts(own, first[answer[drawn]], expected, tokens[drawn], sides[answer[drawn]].to(own))
+
+
+def _states(role: Role, answered: Sequence[Tokens]) -> list[Tensor]:
+    with role.opened() as model:
+        return likelihoods.response_states(model, answered, f"states of answers, {role.name}")
+
+
+def _unembedding(role: Role) -> Tensor:
+    with role.opened() as model:
+        W = architecture.unembedding(model).weight.detach().float().cpu()
+        steering.bias_on_logits(model, W[0])
+    return W
