@@ -17,7 +17,7 @@ from tqdm import tqdm
 from helpers.lm import activations, architecture, batches, likelihoods
 from helpers.lm.batches import Tokens
 
-STEPS, ROUNDS = 15, 4
+STEPS, ROUNDS = 15, 3
 
 
 @contextmanager
@@ -44,8 +44,8 @@ def nearest_vectors(
     """{site: v, (d,)} for the sites of `scales`, jointly: those that bring the model nearest to a goal in KL, mean over
     all tokens of its answers.
 
-    By L-BFGS from zero, in rounds of STEPS, for as long as its `others` come nearer too. scales: the root mean square of
-    each site's states, in which vectors are sought.
+    By L-BFGS from zero, in rounds of STEPS, for as long as the goal's `others` come nearer too. scales: the root mean
+    square of each site's states, in which vectors are sought.
     """
     sites = list(scales)
     widths = [architecture.width(model, site) for site in sites]

@@ -19,9 +19,9 @@ def response_logits(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (index, log-softmax (arms, T, vocabulary), targets (T,)) for every sequence's response of T tokens.
 
-    deltas: what each arm adds at `final`, where it is a bias on the logits (section 2.2), (arms, d), or with its own for
-    every sequence and token (`steering.by_prompt`). All arms share the forward pass up to there; None is one arm without
-    a change. progress: the name of a progress bar.
+    deltas: what each arm adds at `final`, where it is a bias on the logits (section 2.2), (arms, d), or its own for
+    every sequence and token (`steering.by_prompt`). All arms share the forward pass up to there; None is one arm
+    without a change. progress: the name of a progress bar.
     """
     architecture.check_sequences(model, [s.ids if s.prompt else [] for s in sequences])
     arms = 1 if deltas is None else len(deltas)

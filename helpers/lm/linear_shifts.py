@@ -43,8 +43,8 @@ class LinearShift:
 
 
 def kl_loss(W: Tensor, states: Tensor, expected: Tensor) -> Loss:
-    """KL(goal || shifted) in nats, less what no shift changes. W: (vocabulary, d); states: h(c), (N, d); expected: E(c),
-    (N, d)."""
+    """KL(goal || shifted) less its value without a shift, nats. W: (vocabulary, d); states: h(c), (N, d); expected:
+    E(c), (N, d)."""
 
     unshifted = torch.cat([(h @ W.T).logsumexp(1) for h in states.split(ROWS)])
 
@@ -108,7 +108,7 @@ def _start(features: Tensor, d: int, rank: int | None, start: LinearShift | None
     if rank is None:
         return [start.b.to(features), start.M.to(features)]
     # in the norm of what M makes of the features, not of M
-    left, sizes, right = torch.linalg.svd(features @ start.M.T.to(features), full_matrices=False)
+    right = torch.linalg.svd(features @ start.M.T.to(features), full_matrices=False).Vh
     onto = right[:rank].T @ right[:rank]
     U, S, V = torch.linalg.svd(onto @ start.M.to(features), full_matrices=False)
     root = S[:rank].sqrt()

@@ -50,8 +50,8 @@ def shifts(
     """The nearest shift of each kind from `role` to `goal`: {"kind rank part": tensor}, `of_kind` reads them.
 
     heldin, validation: the goal's own answers, on whose tokens shifts are found and the penalty on their squares is
-    chosen. sides: what the probe says of each of their prompts, 1 or -1, (answers,). Raises NoBias where logits are more
-    than W h.
+    chosen. sides: what the probe says of each of their prompts, 1 or -1, (answers,). Raises NoBias where logits are
+    more than W h.
     """
     W = _unembedding(role)
     fit, check = (_contexts(role, goal, W, *given, seed) for given in zip((heldin, validation), sides))

@@ -39,15 +39,25 @@ def nearest_vector(role: Role, goal: Role, answered: Sequence[Tokens], contexts:
 def tilted_divergences(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tensor) -> pd.DataFrame:
     """A row an arm, a prompt and a token of its answer: `kl`, KL(goal || role tilted) of the token, nats.
 
-    answered: the goal's own answers. deltas: what each arm adds to `role` at `final`, (arms, d). Raises NoBias where
-    logits are more than W h.
+    answered: the goal's own answers. deltas: what each arm adds to `role` at `final` (`steering.by_prompt`). Raises
+    NoBias where logits are more than W h.
     """
-    A, found = _unembedding(role) @ deltas.T, []
+    W, found = _unembedding(role), []
+    of_all, given = W @ deltas.T if deltas.ndim == 2 else None, steering.by_prompt(deltas, len(answered))
     for i, (base, wanted) in enumerate(zip(_distributions(role, answered), _distributions(goal, answered))):
-        kl = tilts.kl_to_goal(base, wanted, A).numpy()
+        A = [W @ its.T for its in given[:, i].unbind(1)] if of_all is None else [of_all]
+        kl = _kl_by_token(base, wanted, A).numpy()
         arm, token = np.indices(kl.shape)
         found.append(pd.DataFrame({"arm": arm.ravel(), "prompt": i, "token": token.ravel(), "kl": kl.ravel()}))
     return pd.concat(found).sort_values(["arm", "prompt", "token"], ignore_index=True)
+
+
+def _kl_by_token(base: Tensor, goal: Tensor, tilt: Sequence[Tensor]) -> Tensor:
+    """KL(goal || tilted base) of each token of an answer, (arms, T). tilt: A of each token, (vocabulary, arms), that of
+    the last one for all that follow."""
+    *first, last = tilt[: len(base)]
+    each = [tilts.kl_to_goal(base[t : t + 1], goal[t : t + 1], A) for t, A in enumerate(first)]
+    return torch.cat([*each, tilts.kl_to_goal(base[len(first) :], goal[len(first) :], last)], dim=1)
 
 
 @stage
