@@ -27,6 +27,7 @@ from helpers.stages.block_vectors import nearest_vectors
 from helpers.stages.divergences import divergences
 from helpers.stages.roles import Role
 from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind, one_hot, shifts
+from helpers.stages.tilted import tilted_divergences
 from helpers.study import Study
 
 ANSWERED = {"heldin": 256, "validation": 128}  # prompts, on whose answers by the partner shifts at `final` are found,
@@ -34,6 +35,7 @@ THROUGH = {"heldin": 128, "validation": 64}  # and vectors in the blocks, by gra
 DOSES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of v*, tried on validation prompts
 SHARES = (0.5, 0.75)  # of what the adapter adds
 CUT = (1, 2)  # ranks of the adapter
+TOKENS = (0, 1, 2, 4, 8, np.inf)  # where the tokens of an answer are parted, the first being 1
 EVERY = 4  # of how many held-out prompts one is asked what is held true: there are many values
 
 
@@ -230,6 +232,37 @@ def _row(s: Study, rung: Rung, found: dict[str, dict[str, np.ndarray]]) -> dict:
         some = groups[:, ::EVERY]
         row["lead"] = estimates.interval(estimates.difference, its["lead"], base["lead"], groups=some)
     return row | {"fluency": its["well_formed" if "well_formed" in its else "token_loss"].mean()}
+
+
+# --- Where in an answer ---
+
+
+def by_token(s: Study) -> pd.DataFrame:
+    """KL(partner || base + what a rung adds at `final`) of each token of the partner's answers to held-out prompts,
+    nats: a row an `arm`, a `prompt` and a `token`. Beside the rungs "nothing", and each prompt's own displacement at its
+    last token cut to k of the held-in displacements' directions, "own, k". Raises NoBias where logits are more than
+    W h."""
+    base, answered = s.lm.role("base"), s.answered("dpo", s.prompts("heldout"))
+    every = {rung.name: rung.deltas for rung in rungs(s) if rung.role.key == base.key}
+    every = {"nothing": torch.zeros_like(every["v*"])} | every | _own(s)
+    deltas = _together(list(every.values()), len(answered))
+    found = tilted_divergences(base, s.lm.role("dpo"), answered, deltas)
+    return found.assign(arm=np.array(list(every))[found["arm"]])
+
+
+def _own(s: Study) -> dict[str, Tensor]:
+    U, moved = spectra.directions(s.displacements("heldin")), s.displacements("heldout").double()
+    ks = spectra.ranks(U.shape[1])
+    return {f"own, {k}": one[None] for k, one in zip(ks, spectra.truncated(moved @ U.T, U, ks))}
+
+
+def rank_by_token(found: pd.DataFrame) -> pd.DataFrame:
+    """The share of KL that each prompt's own displacement removes, cut to a rank (rows) and at the tokens of an answer
+    that TOKENS parts (columns). found: `by_token`'s table."""
+    part = pd.cut(found["token"] + 1, TOKENS, labels=[f"{a + 1} to {b:g}" for a, b in zip(TOKENS, TOKENS[1:])])
+    left = found.groupby(["arm", part], observed=True)["kl"].mean().unstack()
+    own = [arm for arm in found["arm"].unique() if arm.startswith("own")]
+    return 1 - left.loc[own] / left.loc["nothing"]
 
 
 def _answered(s: Study, split: str, most: dict[str, int]) -> list[Tokens]:
