@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from helpers import estimates
+from helpers import estimates, gradients
 from helpers.estimates import Estimate
 from helpers.lm.training import TrainingPair
 from helpers.profiles import Profile
@@ -51,7 +50,14 @@ def auroc(scores: np.ndarray, positive: np.ndarray, groups: Sequence) -> Estimat
 
     scores, positive: (N,). groups: (K, N).
     """
-    return estimates.jackknife_interval(lambda rows: roc_auc_score(positive[rows], scores[rows]), groups).clipped(0, 1)
+
+    def found(rows: np.ndarray) -> float:
+        """Mann and Whitney's U by ranks, as a share of all couples of a positive case and another."""
+        ranks, kind = stats.rankdata(scores[rows]), positive[rows]
+        n = kind.sum()
+        return (ranks[kind].sum() - n * (n + 1) / 2) / (n * (len(rows) - n))
+
+    return estimates.jackknife_interval(found, groups).clipped(0, 1)
 
 
 # --- Partners of changed pairs ---
@@ -146,13 +152,15 @@ def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 def by_pair(s: Study) -> pd.DataFrame:
     """A row a held-in pair: `along` v*; `CHES`, and `CHES, means` of means in place of sums; `tokens` of the chosen
-    answer; `log π chosen` and `log π rejected` by the base, nats, and the `change` of each by the partner."""
+    answer, and how many of them the rejected one begins with too, `shared`; `log π chosen` and `log π rejected` by the
+    base, nats, and the `change` of each by the partner."""
     answers, role = dict(zip(("chosen", "rejected"), s.encoded("heldin"))), s.lm.role("base")
     sums = [answer_states(role, each)["sum"] for each in answers.values()]
     lengths = [torch.tensor([len(tokens.response) for tokens in each]) for each in answers.values()]
     means = [total / length[:, None] for total, length in zip(sums, lengths)]
     found = {"along": along(differences(s), s.direction()), "CHES": ches(*sums), "CHES, means": ches(*means)}
     found["tokens"] = lengths[0]
+    found["shared"] = [gradients.first_difference(a.response, b.response) for a, b in zip(*answers.values())]
     for name, each, base in zip(answers, answers.values(), zip(*(pair.base_logps for pair in s.training_pairs))):
         found[f"log π {name}"] = np.array(base)
         found[f"change, {name}"] = np.array(answer_logps(s.lm.role("dpo"), each)) - base
@@ -162,6 +170,7 @@ def by_pair(s: Study) -> pd.DataFrame:
 def rank_correlation(x: np.ndarray, y: np.ndarray, groups: Sequence) -> Estimate:
     """Spearman's rank correlation of two samples, (N,) each, with its jackknife interval over what their cases share,
     (K, N); nan where one of them is constant."""
+    x, y = np.asarray(x), np.asarray(y)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return Estimate(np.nan, np.nan, np.nan)
     return estimates.jackknife_interval(lambda rows: stats.spearmanr(x[rows], y[rows]).statistic, groups).clipped(-1, 1)

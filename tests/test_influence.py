@@ -164,6 +164,9 @@ def test_what_becomes_of_a_pair_s_likelihoods_is_that_of_plain_forward_passes(tr
         base, dpo = (logp(plain[role], answers[3]) for role in ("base", "dpo"))
         assert found[f"log π {name}"][3] == pytest.approx(base, abs=1e-4)
         assert found[f"change, {name}"][3] == pytest.approx(dpo - base, abs=1e-4)
+    both = [answers[3].response for answers in trained.encoded("heldin")]
+    n = found["shared"][3]
+    assert both[0][:n] == both[1][:n] and both[0][n] != both[1][n]
     assert len(found) == 24 and found["tokens"][3] == len(trained.encoded("heldin")[0][3].response)
 
 
