@@ -18,12 +18,14 @@ LEVELS = (
     ("helpers.stages",),
     (
         *("helpers.profiles", "helpers.figures", "helpers.claims", "helpers.subject", "helpers.steered"),
-        *("helpers.study", "helpers.strength", "helpers.report", "helpers.widgets"),
+        *("helpers.study", "helpers.strength", "helpers.report", "helpers.methods", "helpers.widgets"),
     ),
     ("helpers.explorer",),
     ("tools",),
 )
-SHELF = {"study", "gradients", "spectra", "estimates", "claims", "figures", "report", "strength", "widgets"}
+SHELF = {
+    *("study", "gradients", "spectra", "estimates", "claims", "figures", "report", "strength", "methods", "widgets")
+}
 MORE = {"01": {"lm"}, "09": {"explorer"}}  # what a notebook may import besides
 MOST_LINES = {"module": 350, "class": 200, "function": 40}
 
