@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from helpers import estimates, gradients
+from helpers import estimates, gradients, methods
 from helpers.estimates import Estimate
 from helpers.lm.training import TrainingPair
 from helpers.profiles import Profile
@@ -34,7 +34,7 @@ Which = Literal["top", "random"]
 def differences(s: Study) -> Tensor:
     """The base's mean state at `final` over the chosen answer less that over the rejected one, of each held-in pair:
     (N, d)."""
-    chosen, rejected = (answer_states(s.lm.role("base"), answers)["mean"] for answers in s.encoded("heldin"))
+    chosen, rejected = methods.answer_states(s)
     return chosen - rejected
 
 

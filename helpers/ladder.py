@@ -160,14 +160,11 @@ def trained_in_blocks(s: Study, sites: Sequence[str]) -> dict[str, Tensor]:
 def _of_the_adapter(s: Study, nothing: Tensor) -> list[Rung]:
     dpo = s.lm.role("dpo")
     with dpo.opened() as model:
-        if not adapters.layers(model):
+        if not adapters.is_plain(model):
             return []
         n = {rank: adapters.parameters(model, rank) for rank in (*CUT, None)}
-    cut = [Rung(f"adapter, rank {k}", "adapter", changed.with_adapter_cut(dpo, k), nothing, n[k]) for k in CUT]
-    scaled = [
-        Rung(f"{share:g} × adapter", "adapter", changed.with_adapter_scaled(dpo, share), nothing, n[None])
-        for share in SHARES
-    ]
+    cut = [Rung(f"adapter, rank {k}", "adapter", changed.cut(dpo, k), nothing, n[k]) for k in CUT]
+    scaled = [Rung(f"{share:g} × adapter", "adapter", changed.scaled(dpo, share), nothing, n[None]) for share in SHARES]
     return scaled + cut
 
 
@@ -239,9 +236,9 @@ def _row(s: Study, rung: Rung, found: dict[str, dict[str, np.ndarray]]) -> dict:
 
 def by_token(s: Study) -> pd.DataFrame:
     """KL(partner || base + what a rung adds at `final`) of each token of the partner's answers to held-out prompts,
-    nats: a row an `arm`, a `prompt` and a `token`. Beside the rungs "nothing", and each prompt's own displacement at its
-    last token cut to k of the held-in displacements' directions, "own, k". Raises NoBias where logits are more than
-    W h."""
+    nats: a row an `arm`, a `prompt` and a `token`. Beside the rungs stand "nothing", and "own, k", each prompt's own
+    displacement at its last token cut to k of the held-in displacements' directions. Raises NoBias where logits are
+    more than W h."""
     base, answered = s.lm.role("base"), s.answered("dpo", s.prompts("heldout"))
     every = {rung.name: rung.deltas for rung in rungs(s) if rung.role.key == base.key}
     every = {"nothing": torch.zeros_like(every["v*"])} | every | _own(s)
@@ -259,7 +256,7 @@ def _own(s: Study) -> dict[str, Tensor]:
 def rank_by_token(found: pd.DataFrame) -> pd.DataFrame:
     """The share of KL that each prompt's own displacement removes, cut to a rank (rows) and at the tokens of an answer
     that TOKENS parts (columns). found: `by_token`'s table."""
-    part = pd.cut(found["token"] + 1, TOKENS, labels=[f"{a + 1} to {b:g}" for a, b in zip(TOKENS, TOKENS[1:])])
+    part = pd.cut(found["token"] + 1, TOKENS, labels=["1", "2", "3, 4", "5 to 8", "9 on"])
     left = found.groupby(["arm", part], observed=True)["kl"].mean().unstack()
     own = [arm for arm in found["arm"].unique() if arm.startswith("own")]
     return 1 - left.loc[own] / left.loc["nothing"]

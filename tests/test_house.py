@@ -19,12 +19,14 @@ LEVELS = (
     (
         *("helpers.profiles", "helpers.figures", "helpers.claims", "helpers.subject", "helpers.steered"),
         *("helpers.study", "helpers.strength", "helpers.report", "helpers.influence", "helpers.widgets"),
+        *("helpers.ladder", "helpers.methods"),
     ),
     ("helpers.explorer",),
     ("tools",),
 )
 SHELF = {
     "study", "gradients", "spectra", "estimates", "claims", "figures", "report", "strength", "influence", "widgets",
+    "ladder", "methods",
 }  # fmt: skip
 MORE = {"01": {"lm"}, "09": {"explorer"}}  # what a notebook may import besides
 MOST_LINES = {"module": 350, "class": 200, "function": 40}

@@ -81,18 +81,19 @@ def response_distributions(model: nn.Module, sequences: Sequence[Tokens], progre
 
 @torch.no_grad()
 def response_states(model: nn.Module, sequences: Sequence[Tokens], progress: str | None = None) -> list[Tensor]:
-    """The states at `final` that predict each token of a response: one (T, d) float32 tensor a sequence."""
+    """The states at `final` of a prompt's last token and of the response's: one (1 + T, d) float32 tensor a sequence,
+    whose first T rows predict the response's tokens."""
     architecture.check_sequences(model, [s.ids if s.prompt else [] for s in sequences])
 
     def compute(indices: list[int]) -> list[tuple[int, Tensor]]:
         batch = [sequences[i] for i in indices]
         inputs, attended = batches.right_padded([s.ids for s in batch], model.device)
-        found = architecture.decoder(model)(input_ids=inputs, attention_mask=attended, use_cache=False)
-        read = responses_alone(batch, None)(found.last_hidden_state)[0].float().cpu()
-        return list(zip(indices, read.split([len(s.response) for s in batch])))
+        states = architecture.decoder(model)(input_ids=inputs, attention_mask=attended, use_cache=False)[0].float()
+        read = [row[len(s.prompt) - 1 : len(s.ids)].cpu() for row, s in zip(states, batch)]
+        return list(zip(indices, read))
 
+    found = {}
     with tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
-        found = {}
         for batch in batches.shrinking([len(s.ids) for s in sequences], batches.MAX_BATCH_TOKENS, compute):
             found |= batch
             bar.update(len(batch))

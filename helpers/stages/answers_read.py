@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from helpers.lm import activations, architecture, batches, likelihoods
-from helpers.lm.architecture import FINAL
+from helpers.lm import likelihoods
 from helpers.lm.batches import Tokens
 from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
@@ -20,8 +18,11 @@ def answer_states(role: Role, answers: Sequence[Tokens]) -> dict[str, Tensor]:
 
     Raises ValueError for an answer that is empty.
     """
+    if not all(tokens.response for tokens in answers):
+        raise ValueError("An answer is empty: there are no states to average over.")
     with role.opened() as model:
-        return _read(model, answers, f"states of answers, {role.name}")
+        found = likelihoods.response_states(model, answers, f"states of answers, {role.name}")
+    return {"mean": torch.stack([h[1:].mean(0) for h in found]), "sum": torch.stack([h[:-1].sum(0) for h in found])}
 
 
 @stage
@@ -29,32 +30,3 @@ def answer_logps(role: Role, answers: Sequence[Tokens]) -> list[float]:
     """A model's log-probability of each answer, nats."""
     with role.opened() as model:
         return likelihoods.response_logps(model, answers, progress=f"log-probabilities, {role.name}").tolist()
-
-
-@torch.no_grad()
-def _read(model: nn.Module, answers: Sequence[Tokens], progress: str) -> dict[str, Tensor]:
-    architecture.check_sequences(model, [tokens.ids if tokens.prompt and tokens.response else [] for tokens in answers])
-    found = {}
-
-    def compute(batch: list[int]) -> None:
-        some = [answers[i] for i in batch]
-        inputs, attended = batches.right_padded([tokens.ids for tokens in some], model.device)
-        with activations.reading(model, [FINAL], lambda _, states: found.update(zip(batch, _reduced(states, some)))):
-            architecture.decoder(model)(input_ids=inputs, attention_mask=attended, use_cache=False)
-        bar.update(len(batch))
-
-    with tqdm(total=len(answers), desc=progress, leave=False) as bar:
-        for _ in batches.shrinking([len(tokens.ids) for tokens in answers], batches.MAX_BATCH_TOKENS, compute):
-            pass
-    mean, total = (torch.stack(rows) for rows in zip(*(found[i] for i in range(len(answers)))))
-    return {"mean": mean, "sum": total}
-
-
-def _reduced(states: Tensor, some: Sequence[Tokens]) -> list[tuple[Tensor, Tensor]]:
-    """The mean over each answer's tokens and the sum over those that predict them, (d,) float32 each, of a batch's
-    states, (batch, tokens, d)."""
-    found = []
-    for row, tokens in zip(states.float(), some):
-        start, end = len(tokens.prompt), len(tokens.ids)
-        found.append((row[start:end].mean(0).cpu(), row[start - 1 : end - 1].sum(0).cpu()))
-    return found

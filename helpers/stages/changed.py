@@ -26,14 +26,15 @@ def with_shift(role: Role, shift: LinearShift) -> Role:
     return _changed(role, "head", shift, lambda model: activations.hooked(model, architecture.FINAL, moved))
 
 
-def with_adapter_cut(role: Role, rank: int) -> Role:
-    """A partner whose adapter is cut to a rank (`adapters.cut`)."""
-    return _changed(role, "cut", rank, partial(adapters.cut, rank=rank))
+def cut(partner: Role, rank: int) -> Role:
+    """A partner whose adapter is cut to a rank (`adapters.cut`). Opening it raises NoPlainAdapter where there is
+    none."""
+    return _changed(partner, f"cut to {rank}", rank, partial(adapters.cut, rank=rank))
 
 
-def with_adapter_scaled(role: Role, share: float) -> Role:
-    """A partner whose adapter is scaled (`adapters.scaled`)."""
-    return _changed(role, "scaled", share, partial(adapters.scaled, share=share))
+def scaled(partner: Role, scale: float) -> Role:
+    """A partner with its adapter scaled (`adapters.scaled`). Opening it raises NoPlainAdapter where there is none."""
+    return _changed(partner, f"scaled by {scale:.3g}", scale, partial(adapters.scaled, scale=scale))
 
 
 def _changed(role: Role, how: str, by: object, inside: Callable[[nn.Module], AbstractContextManager]) -> Role:

@@ -105,8 +105,10 @@ def _contexts(role: Role, goal: Role, W: Tensor, answered: Sequence[Tokens], sid
 
 
 def _states(role: Role, answered: Sequence[Tokens]) -> list[Tensor]:
+    """The states at `final` that predict each token of an answer, (T, d) each."""
     with role.opened() as model:
-        return likelihoods.response_states(model, answered, f"states of answers, {role.name}")
+        found = likelihoods.response_states(model, answered, f"states of answers, {role.name}")
+    return [h[:-1] for h in found]
 
 
 def _unembedding(role: Role) -> Tensor:

@@ -1,0 +1,171 @@
+"""Ways to steer one base, compared at equal KL: constant vectors at `final`, a scaled adapter, and words.
+
+All are brought to the KL(steered || base) that v* at dose 1 has, on the base's own answers to validation prompts.
+Vectors are arms of one call; an adapter scaled by lambda is a model of its own. A prompt that asks for the behaviour
+cannot be scaled: it changes the very contexts in which that KL is taken, and is told apart.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from helpers import estimates, report
+from helpers.lm import encoding
+from helpers.lm.adapters import NoPlainAdapter
+from helpers.lm.architecture import FINAL
+from helpers.lm.batches import Tokens
+from helpers.stages import answers_read
+from helpers.stages.beliefs import beliefs
+from helpers.stages.changed import scaled
+from helpers.stages.divergences import divergences
+from helpers.stages.log_ratios import log_ratios
+from helpers.stages.roles import Role
+from helpers.stages.sampled import sampled
+from helpers.stages.tilted import tilted_drift
+from helpers.stages.verdicts import verdicts
+from helpers.study import Study
+
+RANDOM = 100  # directions, of which the one with the largest effect is a control
+SMALLEST, LARGEST = 1 / 64, 8.0  # lengths of a direction, in norms of v*; of an adapter the largest, in times itself
+HALVINGS = 14  # of that range, in its logarithm: lengths are found to half a thousandth
+BASE, WORDS = "base", "prompting"
+REFUSES = "will not help"  # of the atlas: what only a refusal says
+
+__all__ = ["BASE", "REFUSES", "WORDS", "NoPlainAdapter", "Ways", "scaled"]
+
+
+def unlike(s: Study) -> tuple[str, Study] | None:
+    """The name and the study of another preference on the same base, of the atlas one about stance where ours is about
+    tone and the other way round; None where there is none to compare with."""
+    others = [(name, s.about(data)) for name, data in s.compared.items() if data != s.profile.data]
+    return min(others, key=lambda found: found[1].task.has_facts == s.task.has_facts, default=None)
+
+
+def answer_states(s: Study) -> tuple[Tensor, Tensor]:
+    """The base's states at `final` as it reads the held-in chosen and rejected answers, each averaged over its answer:
+    (N, d) each."""
+    chosen, rejected = (answers_read.answer_states(s.lm.role("base"), each)["mean"] for each in s.encoded("heldin"))
+    return chosen, rejected
+
+
+# --- Equal KL ---
+
+
+def drifts(s: Study, vectors: Tensor) -> np.ndarray:
+    """KL(base + v || base) for each of `vectors`, (k, d), on the base's answers to validation prompts, nats an answer:
+    (k,)."""
+    if not report.logits_are_products(s):
+        return s.drift(vectors).groupby("arm")["kl"].mean().to_numpy()
+    return np.array(tilted_drift(s.lm.role("base"), s.answered("base", s.prompts("validation")), vectors))
+
+
+def at_equal_kl(s: Study, directions: Tensor) -> Tensor:
+    """Directions, (k, d), each as long as it takes for its KL to be that of v* at dose 1, between SMALLEST and LARGEST
+    times the norm of v*. In given contexts KL grows with the length, and steeply, so the length is found by halving."""
+    v = s.direction()
+    units = v.norm() * directions / directions.norm(dim=1, keepdim=True)
+    goal, low = drifts(s, v[None]).item(), torch.full((len(units), 1), SMALLEST)
+    high = torch.full_like(low, LARGEST)
+    for _ in range(HALVINGS):
+        middle = (low * high).sqrt()
+        beyond = torch.from_numpy(drifts(s, middle * units) > goal)[:, None]
+        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+    return (low * high).sqrt() * units
+
+
+def kl_of(s: Study, role: Role) -> np.ndarray:
+    """KL(model || base) on the base's answers to validation prompts, nats an answer: (N,)."""
+    answered, nothing = s.answered("base", s.prompts("validation")), torch.zeros(1, s.lm.unembedding.shape[1])
+    return divergences(s.lm.role("base"), role, answered, nothing)["kl"].to_numpy()
+
+
+def adapter_scale(s: Study, kl: float) -> float:
+    """lambda: how many times its adapter takes the base to a KL, nats an answer (`kl_of`), at most LARGEST times.
+    Raises NoPlainAdapter where the partner is no plain adapter."""
+
+    def beyond(scale: float) -> float:
+        """How far a root of the KL, which is nearly linear in the scale, lies above the one asked for."""
+        return (kl_of(s, scaled(s.lm.role("dpo"), scale)).mean() ** 0.5 if scale else 0.0) - kl**0.5
+
+    high = 1.0
+    while high < LARGEST and beyond(high) < 0:
+        high *= 2
+    return brentq(beyond, 0.0, high, xtol=1e-4, rtol=1e-3) if beyond(high) > 0 else high
+
+
+# --- What each does ---
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Ways to steer a study's base. vectors: added at `final`, (d,) each. roles: models in the base's place. words:
+    whether the behaviour is asked for in words too. What is measured is told by way, the base itself first."""
+
+    s: Study
+    vectors: Mapping[str, Tensor]
+    roles: Mapping[str, Role]
+    words: bool = False
+
+    @property
+    def _deltas(self) -> Tensor:
+        """Nothing, and each vector: (1 + vectors, d)."""
+        vectors = list(self.vectors.values())
+        return torch.stack([0 * vectors[0], *vectors])
+
+    def answers(self, one: Study | None = None) -> dict[str, pd.DataFrame]:
+        """What is answered to the held-out prompts of a study of the same base, by default its own, and judged: a row a
+        prompt. Words ask for nothing but the study's own behaviour, so of another's prompts they are left out."""
+        one = one or self.s
+        table = one.sweep("base", FINAL, self._deltas)
+        found = {name: table[table["arm"] == i].reset_index(drop=True) for i, name in enumerate(self._names)}
+        found |= {name: _answers(one, role) for name, role in self.roles.items()}
+        return found | ({WORDS: self.s.prompted()} if self.words and one is self.s else {})
+
+    def leads(self) -> dict[str, np.ndarray]:
+        """By how many nats the true value is held likelier than the best other one, for every fourth held-out prompt:
+        (N,)."""
+        pairs, base = self.s.pairs["heldout"][::4], self.s.lm.role("base")
+        found = self._by_arm(beliefs(base, self.s.task, pairs, self._deltas), "lead")
+        nothing = self._deltas[:1]
+        for name, role in self.roles.items():
+            found[name] = beliefs(role, self.s.task, pairs, nothing)["lead"].to_numpy()
+        if self.words:
+            asked = [replace(pair, prompt=self.s.task.asked_for(pair)) for pair in pairs]
+            found[WORDS] = beliefs(base, self.s.task, asked, nothing)["lead"].to_numpy()
+        return found
+
+    def margins(self) -> dict[str, np.ndarray]:
+        """log pi(chosen) - log pi(rejected) of the held-out pairs, nats: (N,)."""
+        both, base = self.s.encoded("heldout"), self.s.lm.role("base")
+        found = self._by_arm(log_ratios(base, *both, self._deltas), "margin")
+        nothing = self._deltas[:1]
+        for name, role in self.roles.items():
+            found[name] = log_ratios(role, *both, nothing)["margin"].to_numpy()
+        if self.words:
+            found[WORDS] = log_ratios(base, *map(self._asked, both), nothing)["margin"].to_numpy()
+        return found
+
+    @property
+    def _names(self) -> list[str]:
+        return [BASE, *self.vectors]
+
+    def _by_arm(self, table: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
+        return {name: estimates.by_prompt(table, column, arm=i) for i, name in enumerate(self._names)}
+
+    def _asked(self, answered: list[Tokens]) -> list[Tokens]:
+        """Held-out answers as answers to their prompts with the behaviour asked for."""
+        texts = [self.s.task.asked_for(pair) for pair in self.s.pairs["heldout"]]
+        prompts = [encoding.encode(self.s.lm.tokenizer, text).prompt for text in texts]
+        return [Tokens(prompt, tokens.response) for prompt, tokens in zip(prompts, answered, strict=True)]
+
+
+def _answers(s: Study, role: Role) -> pd.DataFrame:
+    """A model's answers to a study's held-out prompts, judged."""
+    prompts, sizes = s.prompts("heldout"), s.profile.sizes
+    said = sampled(role, prompts, sizes.new_tokens, s.profile.seed, sizes.draws)
+    return verdicts(s.task, s.pairs["heldout"], prompts, said, sizes.new_tokens, s.lm.role("base"))
