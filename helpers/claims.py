@@ -56,6 +56,7 @@ class Claim(Settings):
     algebra: bool = False  # an identity, which no experiment can make more or less true
     caveat: str = ""
     changes: Annotated[tuple[Change, ...], A_LIST] = ()
+    retired: Change | None = None  # it is not asked any more
 
 
 class Predictions(Settings):
@@ -69,7 +70,9 @@ class Predictions(Settings):
 
 _TABLES = tomllib.loads((places.PROJECT / "predictions.toml").read_text())
 CLAIMS = {name: Claim(**fields) for name, fields in _TABLES.pop("claims").items()}  # the paper's
-OURS = {name: Claim(**fields) for name, fields in _TABLES.pop("ours").items()}  # on what it leaves open
+_EVER = {name: Claim(**fields) for name, fields in _TABLES.pop("ours").items()}
+OURS = {name: claim for name, claim in _EVER.items() if claim.retired is None}  # on what it leaves open
+RETIRED = {name: claim for name, claim in _EVER.items() if claim.retired is not None}
 ALL = CLAIMS | OURS
 PREDICTIONS = {name: Predictions(**fields) for name, fields in _TABLES.items()}
 

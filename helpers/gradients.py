@@ -149,3 +149,31 @@ def token_vectors(W: Tensor, chosen: Sequence[list[int]], rejected: Sequence[lis
     """v(i) = e_w - e_l, (N, d), of pairs of completions, w and l the tokens where they first differ (section 2.2)."""
     at = [first_difference(*pair) for pair in zip(chosen, rejected, strict=True)]
     return torch.stack([W[one[t]] - W[other[t]] for one, other, t in zip(chosen, rejected, at)])
+
+
+def linear_reward(W: Tensor, base: Tensor, partner: Tensor) -> Tensor:
+    """The v, (d,), with which <v, e_y> + k(c) comes nearest to the token-level implicit reward,
+    log pi_dpo(y|c) - log pi_base(y|c): by least squares over contexts and tokens, these weighed by the base.
+
+    DPO is one constant vector at `final` if and only if nothing is left. base, partner: log-probabilities, (N,
+    vocabulary). W: the unembedding, (vocabulary, d).
+    """
+    gram, moment, _ = _reward_moments(W, base, partner)
+    return torch.linalg.lstsq(gram, moment[:, None], driver="gelsd").solution[:, 0]
+
+
+def linear_share(W: Tensor, base: Tensor, partner: Tensor, v: Tensor) -> float:
+    """The share of the token-level implicit reward's variance that <v, e_y> + k(c) explains (`linear_reward`)."""
+    gram, moment, total = _reward_moments(W, base, partner)
+    return ((2 * v.double() @ moment - v.double() @ gram @ v.double()) / total).item()
+
+
+def _reward_moments(W: Tensor, base: Tensor, partner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed over contexts, under the base: the covariance of e_y, (d, d), its covariance with the reward, (d,), and
+    the reward's variance. Taking off a context's mean takes off its k(c)."""
+    W, p = W.double(), base.double().exp()
+    reward = torch.where(p > 0, partner.double() - base.double(), 0.0)
+    mean, mean_reward = p @ W, (p * reward).sum(1)
+    gram = (W.T * p.sum(0)) @ W - mean.T @ mean
+    moment = (p * reward).sum(0) @ W - mean_reward @ mean
+    return gram, moment, (p * reward.square()).sum() - mean_reward.square().sum()

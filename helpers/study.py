@@ -144,14 +144,6 @@ class Study(Steered):
         deltas, arms = self._rank_k(site, position)
         return self.sweep("base", site, deltas).join(arms, on="arm")
 
-    def divergence_by_rank(self) -> pd.DataFrame:
-        """`divergences` of the base under rank-k steering at `final`, with the `kind` of coefficients and `k`, and of
-        the base alone, with kind "none" and k 0."""
-        deltas, arms = self._rank_k(FINAL, "prompt_last")
-        found = self.divergences("base", torch.cat([torch.zeros_like(deltas[:1]), deltas]))
-        arms = pd.concat([pd.DataFrame({"kind": ["none"], "k": [0]}), arms], ignore_index=True)
-        return found.join(arms, on="arm")
-
     def _rank_k(self, site: str, position: str) -> tuple[Tensor, pd.DataFrame]:
         """What the arms of rank-k steering add at a site, (arms, N, d), and the `kind` and `k` of each. The linear map
         reads the prompt's last token, whatever position the displacements are measured at."""

@@ -492,18 +492,30 @@ def test_the_dimension_is_the_smallest_number_of_directions_that_is_enough():
     """Every resample agrees where every prompt says the same: 0.5 of the way at 1, 0.85 at 2, 0.9 at 4."""
     ends = {"base": np.zeros((2, 30)), "dpo": np.ones((2, 30))}
     steered = {k: np.full((2, 30), share) for k, share in ((4, 0.9), (1, 0.5), (2, 0.85))}
-    found = estimates.behavioural_dimension(steered, ends, np.arange(30) // 3)
+    found = estimates.behavioural_dimension(steered, ends, np.arange(30) // 3, ends["dpo"])
     assert found.measured == 2 and set(found.resampled) == {2} and len(found.resampled) == estimates.RESAMPLES
     assert str(found) == "2 (100%)"
-    none = estimates.behavioural_dimension({1: steered[1]}, ends, np.arange(30) // 3)
+    none = estimates.behavioural_dimension({1: steered[1]}, ends, np.arange(30) // 3, ends["dpo"])
     assert np.isnan(none.measured) and str(none) == "none (100%)"
+
+
+def test_the_dimension_is_held_against_what_can_be_done_at_all():
+    """A ceiling of 0.6: 0.48 of the way is enough, which 1 reaches; a ceiling of 0.1 is hardly any, and none is."""
+    ends = {"base": np.zeros((1, 30)), "dpo": np.ones((1, 30))}
+    steered = {k: np.full((1, 30), share) for k, share in ((1, 0.5), (2, 0.6))}
+    against = [
+        estimates.behavioural_dimension(steered, ends, np.arange(30), np.full((1, 30), ceiling)).measured
+        for ceiling in (0.6, 0.7, 0.8, 0.1)
+    ]
+    assert against[:2] == [1, 2] and np.isnan(against[2:]).all()
 
 
 def test_the_dimension_is_of_means_over_what_was_judged():
     """A prompt without a verdict (nan) counts at neither end nor between."""
     ends = {"base": np.array([[0.0, 0, 0, 0]]), "dpo": np.array([[1.0, 1, 1, np.nan]])}
     steered = {1: np.array([[1.0, 0, np.nan, np.nan]]), 3: np.array([[1.0, 1, np.nan, 0]])}
-    found = estimates.behavioural_dimension({**steered, 8: np.array([[1.0, np.nan, 1, 1]])}, ends, np.arange(4))
+    steered[8] = np.array([[1.0, np.nan, 1, 1]])
+    found = estimates.behavioural_dimension(steered, ends, np.arange(4), ends["dpo"])
     assert found.measured == 8  # 1: a half, 3: two thirds
 
 
@@ -515,7 +527,7 @@ def test_resamples_of_the_dimension_are_of_groups_and_of_seeds():
     steered = {
         k: (rng.random((3, 60)) < centre + quality).astype(float) for k, centre in ((1, 0.6), (2, 0.8), (4, 0.9))
     }
-    found = estimates.behavioural_dimension(steered, ends, groups)
+    found = estimates.behavioural_dimension(steered, ends, groups, ends["dpo"])
     drawn = []
     for _ in range(3000):
         rows = np.concatenate([np.flatnonzero(groups == g) for g in rng.integers(0, 12, 12)])

@@ -11,6 +11,10 @@ from helpers import claims, places
 DEFAULT_PROFILE = "atlas"
 WORLDS = "worlds"  # the profile whose ledger is over several worlds
 NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
+RUNGS = {
+    "v*": "v\\*", "v_opt": "the best vector", "two, by a probe of the prompt": "two, by a probe of the prompt",
+    "trained in all blocks": "one in each block", "adapter, rank 1": "the adapter, rank 1",
+}  # fmt: skip
 PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
 
 
@@ -21,7 +25,8 @@ def rendered(text: str, root: Path) -> str:
     ledger = _ledger(folder)
     ours = f"What the paper leaves open, on the default world:\n\n{scorecard(ledger, claims.OURS)}"
     of_worlds = ledger | _ledger(root / "figures" / WORLDS)  # claims that were asked of several worlds, by these
-    blocks = {"answers": answers(folder), "scorecard": f"{scorecard(of_worlds, claims.CLAIMS)}\n\n{ours}"}
+    scores = f"{scorecard(of_worlds, claims.CLAIMS)}\n\n{ours}"
+    blocks = {"answers": answers(folder), "scorecard": scores, "ladder": ladder(folder)}
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
@@ -60,6 +65,16 @@ def answers(folder: Path) -> str:
     prompt = re.search(r"prompt \((.*?)\) at", about["caption"])[1]
     lines = [_row(name, about["numbers"]["answers"][role][at]) for role, name in NAMES.items()]
     return "\n".join([_row("Model", prompt), "|---|---|", *lines])
+
+
+def ladder(folder: Path) -> str:
+    """The share of KL(DPO || base) that some rungs remove, a row a family, as the ladder's figure has them."""
+    families = json.loads((folder / "fig11_ladder.json").read_text())["numbers"]
+    lines = [_row("", *RUNGS.values()), "|---" * (1 + len(RUNGS)) + "|"]
+    for name, rungs in families.items():
+        shares = [rungs[rung]["KL"][:3] for rung in RUNGS]
+        lines.append(_row(name, *(f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in shares)))
+    return "\n".join(lines)
 
 
 def gallery(folder: Path) -> str:

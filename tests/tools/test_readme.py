@@ -10,7 +10,7 @@ from helpers.places import PROJECT
 from tools import readme
 
 ATLAS = profiles.load("atlas")
-MARKERS = ("answers", "scorecard")
+MARKERS = ("answers", "scorecard", "ladder")
 TEXT = "# Title\n" + "\n".join(f"<!-- {name} -->\nold {name}\n<!-- /{name} -->" for name in MARKERS) + "\nThe end.\n"
 GALLERIES = sorted((PROJECT / "figures").glob("*/claims.json"))
 
@@ -35,6 +35,9 @@ def root(tmp_path, monkeypatch):
     about = {"caption": "One held-out prompt (Who (if any)?) at three doses.", "notebook": "09_explorer", "claims": []}
     about["numbers"] = {"answers": said, "doses": [0.0, 1.0, 2.0]}
     (tmp_path / "figures" / "atlas" / "fig09_prompt.json").write_text(json.dumps(about))
+    rungs = {rung: {"KL": [i / 8, -0.5, 1.0, []]} for i, rung in enumerate(readme.RUNGS)}
+    about = {"caption": "Rungs.", "notebook": "11_ladder", "claims": [], "numbers": {"tone": rungs}}
+    (tmp_path / "figures" / "atlas" / "fig11_ladder.json").write_text(json.dumps(about))
     return tmp_path
 
 
@@ -52,6 +55,7 @@ def test_every_block_is_written_anew_and_nothing_else_changes(root):
     names = [cells(row)[0].split()[0] for row in block(text, "scorecard").splitlines() if row.startswith("| ")]
     assert names == ["It", "**C1**", "**C9**", "**C12**", "It", "**E1**"]
     assert block(text, "answers") == readme.answers(root / "figures" / "atlas")
+    assert cells(block(text, "ladder").splitlines()[-1])[:3] == ["tone", "0.00 [-0.50, 1.00]", "0.12 [-0.50, 1.00]"]
     assert readme.rendered(text, root) == text
 
 
