@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,3 +147,36 @@ def test_token_vectors_are_the_embedding_differences_at_the_first_difference():
     W = drawn(0, V, D)
     found = gradients.token_vectors(W, [[1, 2, 3], [4], [5, 6]], [[1, 2, 7], [9, 2], [5, 8, 1]])
     close(found, torch.stack([W[3] - W[7], W[4] - W[9], W[6] - W[8]]))
+
+
+# --- The exact statement ---
+
+
+def test_a_partner_that_is_the_base_and_a_bias_has_a_reward_that_is_linear_in_the_output_embedding():
+    """Another constant in every context, and v found again to rounding."""
+    g = torch.Generator().manual_seed(3)
+    W, v = torch.randn(50, 6, generator=g, dtype=torch.float64), torch.randn(6, generator=g, dtype=torch.float64)
+    base = (3 * torch.randn(20, 50, generator=g, dtype=torch.float64)).log_softmax(-1)
+    partner = (base + W @ v).log_softmax(-1)
+    found = gradients.linear_reward(W, base, partner)
+    torch.testing.assert_close(found, v, rtol=1e-10, atol=1e-10)
+    assert gradients.linear_share(W, base, partner, found) == pytest.approx(1, abs=1e-12)
+    assert gradients.linear_share(W, base, partner, 0 * v) == 0
+
+
+def test_least_squares_on_the_reward_are_those_of_a_weighted_regression_with_a_constant_a_context():
+    """One row a context and token, weighed by the base, in numpy; a token that the base rules out weighs nothing."""
+    g = torch.Generator().manual_seed(4)
+    W = torch.randn(9, 3, generator=g, dtype=torch.float64)
+    base, partner = (torch.randn(5, 9, generator=g, dtype=torch.float64) for _ in range(2))
+    base[0, 2] = -torch.inf
+    base, partner = base.log_softmax(-1), partner.log_softmax(-1)
+    contexts = np.repeat(np.eye(5), 9, axis=0)
+    design = np.hstack([np.tile(W.numpy(), (5, 1)), contexts])
+    root = base.exp().numpy().ravel() ** 0.5
+    reward = torch.where(base.isfinite(), partner - base, 0.0).numpy().ravel()
+    fitted, (left,), *_ = np.linalg.lstsq(design * root[:, None], reward * root)
+    _, (alone,), *_ = np.linalg.lstsq(contexts * root[:, None], reward * root)
+    found = gradients.linear_reward(W, base, partner)
+    assert found.tolist() == pytest.approx(fitted[:3], rel=1e-9)
+    assert gradients.linear_share(W, base, partner, found) == pytest.approx(1 - left / alone, rel=1e-9)

@@ -59,8 +59,7 @@ def _verdict(found: claims.Verdict) -> str:
 
 def answers(folder: Path) -> str:
     """What the four models say to one prompt at dose 1, as the figure of one prompt has it."""
-    drawn = [json.loads(path.read_text()) for path in sorted(folder.glob("fig*.json"))]
-    (about,) = [about for about in drawn if {"answers", "doses"} <= about["numbers"].keys()]
+    (about,) = [about for about in _drawn(folder) if {"answers", "doses"} <= about["numbers"].keys()]
     at = about["numbers"]["doses"].index(1.0)
     prompt = re.search(r"prompt \((.*?)\) at", about["caption"])[1]
     lines = [_row(name, about["numbers"]["answers"][role][at]) for role, name in NAMES.items()]
@@ -69,12 +68,21 @@ def answers(folder: Path) -> str:
 
 def ladder(folder: Path) -> str:
     """The share of KL(DPO || base) that some rungs remove, a row a family, as the ladder's figure has them."""
-    families = json.loads((folder / "fig11_ladder.json").read_text())["numbers"]
+    (families,) = [about["numbers"] for about in _drawn(folder) if _has_rungs(about["numbers"])]
     lines = [_row("", *RUNGS.values()), "|---" * (1 + len(RUNGS)) + "|"]
     for name, rungs in families.items():
         shares = [rungs[rung]["KL"][:3] for rung in RUNGS]
         lines.append(_row(name, *(f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in shares)))
     return "\n".join(lines)
+
+
+def _has_rungs(numbers: dict) -> bool:
+    return bool(numbers) and all(isinstance(its, dict) and RUNGS.keys() <= its.keys() for its in numbers.values())
+
+
+def _drawn(folder: Path) -> list[dict]:
+    """What a profile's figures say of themselves."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("fig*.json"))]
 
 
 def gallery(folder: Path) -> str:

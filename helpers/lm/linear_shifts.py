@@ -68,7 +68,7 @@ def expected_embeddings(W: Tensor, logits: Tensor) -> Tensor:
 
 def nearest(
     loss: Loss, x: Tensor, d: int, penalty: float = 0.0, rank: int | None = None, start: LinearShift | None = None,
-    steps: int = 100,
+    steps: int = 60,
 ) -> LinearShift:  # fmt: skip
     """The shift of width d that makes a loss smallest over contexts with features x, (N, p), by L-BFGS.
 

@@ -119,7 +119,7 @@ def test_a_bar_in_a_statement_does_not_end_its_cell(root):
 def test_a_profile_s_page_shows_the_papers_figures_first_each_with_its_caption(root):
     text = readme.gallery(root / "figures" / "atlas")
     places = [text.index(f"![{name}]({name}.png)") for name in ("fig1b_field", "fig4a_entropy", "fig02_training")]
-    assert places == sorted(places) and text.count("![") == 4
+    assert places == sorted(places) and text.count("![") == 5
     assert "### Figure 1b\n" in text and "### fig02_training\n" in text
     assert "See fig4a_entropy. (Notebook [05](../../notebooks/05_spectral_signatures.ipynb).)" in text
 
