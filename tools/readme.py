@@ -22,10 +22,8 @@ def rendered(text: str, root: Path) -> str:
     """The README's text with every block between `<!-- name -->` and `<!-- /name -->` written anew.
     Raises ValueError for a block whose markers are not there exactly once."""
     folder = root / "figures" / DEFAULT_PROFILE
-    ledger = _ledger(folder)
-    ours = f"What the paper leaves open, on the default world:\n\n{scorecard(ledger, claims.OURS)}"
-    of_worlds = ledger | _ledger(root / "figures" / WORLDS)  # claims that were asked of several worlds, by these
-    scores = f"{scorecard(of_worlds, claims.CLAIMS)}\n\n{ours}"
+    of_worlds = _ledger(folder) | _ledger(root / "figures" / WORLDS)  # of several worlds where they were asked
+    scores = scorecard(of_worlds, claims.CLAIMS)
     blocks = {"answers": answers(folder), "scorecard": scores, "ladder": ladder(folder)}
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
