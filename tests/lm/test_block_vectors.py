@@ -73,8 +73,9 @@ def test_nothing_is_left_afterwards_even_after_an_exception(model):
     with pytest.raises(KeyError), block_vectors.added(model, VECTORS):
         assert hook_count(model) == before + len(VECTORS) and not torch.equal(logits(model), plain)
         raise KeyError("something else")
-    with pytest.raises(ValueError, match=r"Unknown site 'resid\[9\]'"), block_vectors.added(
-        model, VECTORS | {"resid[9]": VECTORS["resid[0]"]}
+    with (
+        pytest.raises(ValueError, match=r"Unknown site 'resid\[9\]'"),
+        block_vectors.added(model, VECTORS | {"resid[9]": VECTORS["resid[0]"]}),
     ):
         pytest.fail("it was added")
     assert hook_count(model) == before and torch.equal(logits(model), plain)

@@ -122,7 +122,9 @@ def test_a_goal_that_is_the_base_plus_a_linear_shift_is_found(base, x, rank, r):
     z = b + x @ M.T
     found = linear_shifts.nearest(loss_to(base, shifted(base, z)), x, D, rank=rank, steps=2000)
     close(found(x), z, atol=1e-5, rtol=1e-5)
-    assert kl(shifted(base, z), shifted(base, found(x))).mean() < 1e-10 < 1 < kl(shifted(base, z), shifted(base, 0)).mean()
+    assert (
+        kl(shifted(base, z), shifted(base, found(x))).mean() < 1e-10 < 1 < kl(shifted(base, z), shifted(base, 0)).mean()
+    )
     assert found.parameters == D + r * (D + P - r)
 
 
@@ -134,7 +136,9 @@ def test_a_shift_of_less_rank_is_one_of_that_rank_and_leaves_more(base, goal, x)
         assert torch.linalg.matrix_rank(found[rank].M, rtol=1e-10) == rank
     left = [loss(shift(x))[0] for shift in (*found.values(), full)]
     assert left == sorted(left, reverse=True) and left[-1] < left[0] < 0
-    close(linear_shifts.nearest(loss, x, D, rank=2).M, found[2].M, atol=1e-4, rtol=1e-4)  # the start is found where not given
+    close(
+        linear_shifts.nearest(loss, x, D, rank=2).M, found[2].M, atol=1e-4, rtol=1e-4
+    )  # the start is found where not given
 
 
 def test_what_a_product_was_started_from_is_left_behind(base, goal, x):
