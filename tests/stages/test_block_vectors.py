@@ -19,7 +19,9 @@ def test_what_was_added_to_the_base_is_found(trained):
     made = with_vectors(
         base, {"resid[1]": 0.5 * random_vector(WIDTH, seed=1), "resid[2]": random_vector(WIDTH, seed=2)}
     )
-    heldin, validation, heldout = (trained.answered("dpo", trained.prompts(split)) for split in trained.pairs)
+    heldin, validation, heldout = (
+        trained.answered("dpo", trained.prompts(split)) for split in ("heldin", "validation", "heldout")
+    )
     found = nearest_vectors(base, made, heldin, validation, SITES)
     assert list(found) == SITES and all(v.shape == (WIDTH,) for v in found.values())
     before, after = (
@@ -34,7 +36,7 @@ def test_vectors_are_sought_in_the_size_of_the_base_s_states(trained, plain, mon
     given, base, dpo = [], trained.lm.role("base"), trained.lm.role("dpo")
     monkeypatch.setattr(block_vectors, "nearest_vectors", lambda *args, **named: given.append(args) or {})
     answered = [trained.answered("dpo", trained.prompts(split)) for split in ("validation", "heldout")]
-    nearest_vectors(base, dpo, *answered, ["resid[2]"])
+    nearest_vectors.__wrapped__(base, dpo, *answered, ["resid[2]"])  # what is made up here is not kept
     _, towards, others, scales = given[0]
     states = []
     for tokens in answered[0]:
