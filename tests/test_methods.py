@@ -95,7 +95,7 @@ def test_a_scaled_adapter_has_the_kl_that_was_asked_for(trained, share):
 
 
 def test_an_adapter_that_never_gets_so_far_is_left_at_the_largest_scale(trained, monkeypatch):
-    monkeypatch.setattr(methods, "kl_of", lambda s, role: np.array([float(role.name.split()[0])]))
+    monkeypatch.setattr(methods, "kl_of", lambda s, role: np.array([float(role.name.split()[-1])]))
     assert methods.adapter_scale(trained, 1e3) == methods.LARGEST
     assert methods.adapter_scale(trained, 3.0) == pytest.approx(3.0, rel=0.01)
 

@@ -8,6 +8,7 @@ from peft import PeftModel, PeftType
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 BESIDES = ("modules_to_save", "trainable_token_indices", "layer_replication")  # what a LoRA can change besides B A
 
@@ -66,14 +67,16 @@ def is_plain(model: nn.Module) -> bool:
 
 def parameters(model: nn.Module, rank: int | None = None) -> int:
     """How many numbers an adapter has, or one cut to a rank."""
-    return sum((rank or len(A)) * (A.shape[1] + len(B)) for A, B in _factors(model))
+    return sum(min(rank or len(A), len(A)) * (A.shape[1] + len(B)) for A, B in _factors(model))
 
 
 def _factors(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """A, (rank, in), and B, (out, rank), of each weight that an adapter changes."""
     name = model.active_adapter
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers if name in layer.lora_A]
+    found = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers if name in layer.lora_A]
+    embeddings = [layer for layer in layers if name in layer.lora_embedding_A]
+    return found + [(layer.lora_embedding_A[name], layer.lora_embedding_B[name]) for layer in embeddings]
 
 
 def _write(parts: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
@@ -83,7 +86,9 @@ def _write(parts: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
 
 def _cut(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The factors of the best approximation of B A of a rank, in as many rows and columns, zeros the rest."""
-    (Q, R), (P, S) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
-    U, sizes, V = torch.linalg.svd(R @ S.T)
+    (Q, R), (P, S) = (torch.linalg.qr(factor.cpu().double()) for factor in (B, A.T))  # not every device has float64
+    U, sizes, V = torch.linalg.svd(R @ S.T, full_matrices=False)
     root = torch.where(torch.arange(len(sizes)) < rank, sizes, 0).sqrt()
-    return (root[:, None] * (V @ P.T)).to(A), (Q @ U * root).to(B)
+    beyond = (0, len(A) - len(sizes))  # an adapter may have a higher rank than its weight can
+    down, up = pad(root[:, None] * (V @ P.T), (0, 0, *beyond)), pad(Q @ U * root, beyond)
+    return down.to(A), up.to(B)

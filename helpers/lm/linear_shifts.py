@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.nn.functional import linear
 
 ROWS = 512  # contexts at a time
 Loss = Callable[[Tensor], tuple[float, Tensor]]  # of shifts, (N, d): its mean over contexts, and N times its gradient
@@ -42,17 +43,17 @@ class LinearShift:
         return d + rank * (d + p - rank)
 
 
-def kl_loss(W: Tensor, states: Tensor, expected: Tensor) -> Loss:
+def kl_loss(W: Tensor, states: Tensor, expected: Tensor, bias: Tensor | None = None) -> Loss:
     """KL(goal || shifted) less its value without a shift, nats. W: (vocabulary, d); states: h(c), (N, d); expected:
-    E(c), (N, d)."""
+    E(c), (N, d); bias: on the logits, (vocabulary,), where the unembedding has one."""
 
-    unshifted = torch.cat([(h @ W.T).logsumexp(1) for h in states.split(ROWS)])
+    unshifted = torch.cat([linear(h, W, bias).logsumexp(1) for h in states.split(ROWS)])
 
     def loss(z: Tensor) -> tuple[float, Tensor]:
         value = -(unshifted.double().sum() + (expected * z).sum(dtype=torch.float64)).item()
         gradients = []
         for h, e, shift in zip(states.split(ROWS), expected.split(ROWS), z.split(ROWS)):
-            logits = (h + shift) @ W.T
+            logits = linear(h + shift, W, bias)
             partition = logits.logsumexp(1, keepdim=True)
             value += partition.sum(dtype=torch.float64).item()
             gradients.append((logits - partition).exp_() @ W - e)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from helpers.lm import architecture, likelihoods, linear_shifts, steering
 from helpers.lm.batches import Tokens
@@ -53,15 +54,15 @@ def shifts(
     chosen. sides: what the probe says of each of their prompts, 1 or -1, (answers,). Raises NoBias where logits are
     more than W h.
     """
-    W = _unembedding(role)
-    fit, check = (_contexts(role, goal, W, *given, seed) for given in zip((heldin, validation), sides))
+    head = _head(role)
+    fit, check = (_contexts(role, goal, head.W, *given, seed) for given in zip((heldin, validation), sides))
     tokens = max(1, int((torch.bincount(fit.tokens) >= FEWEST).sum()))
     found = {}
     for kind in KINDS:
-        full = _best(W, fit, check, kind, tokens)
+        full = _best(head, fit, check, kind, tokens)
         found[kind, 0] = full[0]
         if kind == STATE:
-            found |= {(kind, k): _of_rank(W, fit, full, k) for k in LOW_RANKS}
+            found |= {(kind, k): _of_rank(head, fit, full, k) for k in LOW_RANKS}
     return {f"{kind} {rank} {name}": part for (kind, rank), shift in found.items() for name, part in _parts(shift)}
 
 
@@ -76,20 +77,29 @@ def _parts(shift: LinearShift) -> list[tuple[str, Tensor]]:
     return list(zip(("b", "M", "mean", "scale"), (part.contiguous() for part in parts)))
 
 
-def _best(W: Tensor, fit: Contexts, check: Contexts, kind: str, tokens: int) -> tuple[LinearShift, float]:
+class _Head(NamedTuple):
+    """What makes logits of states: W, (vocabulary, d), and its bias, (vocabulary,), where it has one."""
+
+    W: Tensor
+    bias: Tensor | None
+
+    def loss(self, contexts: Contexts) -> linear_shifts.Loss:
+        return linear_shifts.kl_loss(self.W, contexts.states, contexts.expected, self.bias)
+
+
+def _best(head: _Head, fit: Contexts, check: Contexts, kind: str, tokens: int) -> tuple[LinearShift, float]:
     """The nearest shift of a kind, its penalty the one of PENALTIES under which it serves other contexts best."""
-    loss, other = (linear_shifts.kl_loss(W, c.states, c.expected) for c in (fit, check))
+    loss, other = map(head.loss, (fit, check))
     x, tried, start = fit.features(kind, tokens), [], None
     for penalty in PENALTIES:
-        start = linear_shifts.nearest(loss, x, W.shape[1], penalty, start=start)
+        start = linear_shifts.nearest(loss, x, head.W.shape[1], penalty, start=start)
         tried.append((other(start(check.features(kind, tokens)))[0], penalty, start))
     _, penalty, shift = min(tried, key=lambda one: one[0])
     return shift, penalty
 
 
-def _of_rank(W: Tensor, fit: Contexts, full: tuple[LinearShift, float], rank: int) -> LinearShift:
-    loss = linear_shifts.kl_loss(W, fit.states, fit.expected)
-    return linear_shifts.nearest(loss, fit.states, W.shape[1], full[1], rank, full[0])
+def _of_rank(head: _Head, fit: Contexts, full: tuple[LinearShift, float], rank: int) -> LinearShift:
+    return linear_shifts.nearest(head.loss(fit), fit.states, head.W.shape[1], full[1], rank, full[0])
 
 
 def _contexts(role: Role, goal: Role, W: Tensor, answered: Sequence[Tokens], sides: Tensor, seed: int) -> Contexts:
@@ -99,7 +109,7 @@ def _contexts(role: Role, goal: Role, W: Tensor, answered: Sequence[Tokens], sid
     answer = torch.repeat_interleave(torch.arange(len(states)), torch.tensor([len(h) for h in states]))
     drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:CONTEXTS].sort().values
     first = torch.stack([h[0] for h in states])
-    own, of_goal = torch.cat(states)[drawn], torch.cat(its)[drawn] @ _unembedding(goal).T
+    own, of_goal = torch.cat(states)[drawn], linear(torch.cat(its)[drawn], *_head(goal))
     expected = torch.cat([linear_shifts.expected_embeddings(W, logits) for logits in of_goal.split(linear_shifts.ROWS)])
     return Contexts(own, first[answer[drawn]], expected, tokens[drawn], sides[answer[drawn]].to(own))
 
@@ -111,8 +121,9 @@ def _states(role: Role, answered: Sequence[Tokens]) -> list[Tensor]:
     return [h[:-1] for h in found]
 
 
-def _unembedding(role: Role) -> Tensor:
+def _head(role: Role) -> _Head:
     with role.opened() as model:
-        W = architecture.unembedding(model).weight.detach().float().cpu()
+        layer = architecture.unembedding(model)
+        W, bias = (part if part is None else part.detach().float().cpu() for part in (layer.weight, layer.bias))
         steering.bias_on_logits(model, W[0])
-    return W
+    return _Head(W, bias)

@@ -428,5 +428,62 @@ def test_a_delta_for_every_prompt_is_the_same_as_one_for_all_where_they_are_equa
 
 @pytest.mark.parametrize("shape", [(WIDTH,), (2, len(PROMPTS) + 1, WIDTH), (1, 2, 3, WIDTH)])
 def test_deltas_of_another_shape_are_refused(llama, shape):
-    with pytest.raises(ValueError, match=r"Deltas must be \(arms, d\) or \(arms, 6, d\), got shape"):
+    with pytest.raises(
+        ValueError, match=r"Deltas must be \(arms, d\), \(arms, 6, d\) or \(arms, 1 or 6, tokens, d\), got"
+    ):
         sample(llama, site="final", deltas=torch.ones(shape))
+
+
+# --- A delta for every token ---
+
+
+@torch.no_grad()
+def said_by_token(model, prompt, i, deltas, new_tokens, seed) -> list[int]:
+    """An answer by plain forward passes, deltas[t] added to its t-th token's state and the last to all that follow's;
+    deltas: (tokens, d). Without a seed the likeliest."""
+    W, ids = model.get_output_embeddings().weight, []
+    noise = None if seed is None else decoding.GumbelNoise([i], seed)
+    while len(ids) < new_tokens:
+        logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[:, -1]
+        logits = logits + W @ deltas[min(len(ids), len(deltas) - 1)]
+        ids.append((noise.added(logits, torch.tensor([i])) if noise else logits).argmax().item())
+        if ids[-1] == END:
+            return ids[:-1]
+    return ids
+
+
+@pytest.mark.parametrize("seed, prompts", [(None, 1), (5, 4)], ids=["greedy, of all prompts", "sampled, of each"])
+def test_every_token_may_have_a_delta_of_its_own(model, seed, prompts):
+    deltas = 2 * random_vector(3, prompts, 4, WIDTH)
+    deltas[2, :, 1:] = 0  # on the first token alone
+    arms = sample(model, PROMPTS[:4], 7, seed, site="final", deltas=deltas)
+    for arm, own in zip(arms, deltas):
+        for i, prompt in enumerate(PROMPTS[:4]):
+            assert arm[i] == said_by_token(model, prompt, i, own[i % prompts], 7, seed)
+    assert arms[0] != arms[1] != arms[2]
+
+
+@pytest.mark.parametrize("idle", [0, 1])
+def test_tokens_are_counted_whenever_ended_rows_leave_and_however_prompts_are_chunked(llama, monkeypatch, idle):
+    kwargs = {"site": "final", "deltas": random_vector(2, len(PROMPTS), 12, WIDTH), "new_tokens": 12, "draws": 2}
+    whole = sample(llama, **kwargs)
+    monkeypatch.setattr(decoding, "MAX_IDLE", idle)
+    monkeypatch.setattr(decoding, "MAX_ROWS", 8)
+    assert sample(llama, **kwargs) == whole
+
+
+@pytest.mark.parametrize("kind", ["one token", "the same for all"])
+def test_deltas_by_token_that_are_alike_are_those_by_prompt(llama, kind):
+    by_prompt = random_vector(2, len(PROMPTS), WIDTH)
+    by_token = by_prompt[:, :, None] if kind == "one token" else by_prompt[:, :, None].repeat(1, 1, 3, 1)
+    expected = sample(llama, site="final", deltas=by_prompt)
+    assert sample(llama, site="final", deltas=by_token) == expected
+    if kind == "one token":  # which a block takes too
+        assert sample(llama, site="resid[1]", deltas=by_token) == sample(llama, site="resid[1]", deltas=by_prompt)
+
+
+@pytest.mark.parametrize("change", [{"site": "resid[1]"}, {"site": "resid[0]"}, {"span": "all"}, {"span": "prompt"}])
+def test_deltas_by_token_are_refused_in_blocks_and_beyond_the_response(llama, change):
+    given = {"site": "final", "deltas": random_vector(2, 1, 3, WIDTH)} | change
+    with pytest.raises(ValueError, match=r"each token of an answer can be added at 'final' alone, span 'response'\.$"):
+        sample(llama, **given)

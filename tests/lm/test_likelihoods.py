@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import WIDTH, random_ids, random_vector, tiny
+from conftest import ARCHITECTURES, WIDTH, random_ids, random_vector, recorded, tiny
 from tqdm import tqdm
 
 from helpers.lm import batches, likelihoods, steering
@@ -70,11 +70,65 @@ def test_every_sequence_may_have_a_delta_of_its_own(model):
     assert (found[0] != found[1]).all()
 
 
-def test_arms_do_not_depend_on_how_many_logits_fit(llama, monkeypatch):
-    deltas = random_vector(4, WIDTH)
+@pytest.mark.parametrize("prompts", [1, len(SEQUENCES)])
+def test_every_token_may_have_a_delta_of_its_own(model, prompts):
+    """A sequence, an arm and a token at a time: what a token is given as the only one. The last is for all that
+    follow, and of more tokens than an answer has the rest says nothing."""
+    deltas = random_vector(2, prompts, 4, WIDTH)  # answers have 2, 5, 1 and 9 tokens
+    found = likelihoods.response_logps(model, SEQUENCES, deltas)
+    goal = likelihoods.response_distributions(tiny("llama", vocab_size=model.config.vocab_size), SEQUENCES)
+    kls = likelihoods.kl_to(goal, model, SEQUENCES, deltas)
+    for arm in range(2):
+        for i, (prompt, response) in enumerate(SEQUENCES):
+            logps = kl = 0.0
+            for t, token in enumerate(response):
+                one = [Tokens(prompt + response[:t], [token])]
+                delta = deltas[arm, i % prompts, min(t, 3)]
+                logps += likelihoods.response_logps(model, one, delta[None])[0, 0]
+                kl += likelihoods.kl_to([goal[i][t : t + 1]], model, one, delta[None])[0, 0]
+            assert found[arm, i] == pytest.approx(logps, rel=1e-4, abs=1e-4)
+            assert kls[arm, i] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+    assert (found[0] != found[1]).all()
+
+
+def test_deltas_that_do_not_fit_the_sequences_are_refused(llama):
+    for shape in ((2, 3, WIDTH), (2, 2, 4, WIDTH)):
+        with pytest.raises(
+            ValueError, match=r"Deltas must be \(arms, d\), \(arms, 4, d\) or \(arms, 1 or 4, tokens, d\)"
+        ):
+            likelihoods.response_logps(llama, SEQUENCES, torch.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(4, WIDTH), (2, 4, 3, WIDTH)])
+def test_arms_do_not_depend_on_how_many_logits_fit(llama, monkeypatch, shape):
+    deltas = random_vector(*shape)
     together = likelihoods.response_logps(llama, SEQUENCES, deltas)
     monkeypatch.setattr(likelihoods, "MAX_LOGITS", 1)
     assert likelihoods.response_logps(llama, SEQUENCES, deltas) == pytest.approx(together, rel=1e-5)
+
+
+def test_response_states_are_those_of_the_prompt_s_last_token_and_of_the_answer_s(model_type, model):
+    """And what the unembedding makes of them are the distributions of the answer's tokens."""
+    sequences = [*SEQUENCES, Tokens([5, 6])]
+    found = likelihoods.response_states(model, sequences)
+    for (prompt, response), h in zip(sequences, found, strict=True):
+        with recorded(model, ARCHITECTURES[model_type][1]) as plain, torch.no_grad():
+            model(torch.tensor([prompt + response]))
+        assert h.shape == (1 + len(response), WIDTH) and h.dtype == torch.float32 and not h.requires_grad
+        torch.testing.assert_close(h, plain["final"][0, len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
+    expected = likelihoods.response_distributions(model, sequences)
+    for h, logps in zip(found, expected):
+        torch.testing.assert_close(model.get_output_embeddings()(h[:-1]).log_softmax(-1), logps, atol=1e-4, rtol=1e-4)
+
+
+def test_response_states_do_not_depend_on_batching_and_are_steered_at_final(llama, monkeypatch):
+    together, v = likelihoods.response_states(llama, SEQUENCES), random_vector(WIDTH)
+    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", 1)
+    with steering.added(llama, "final", v):
+        for alone, h in zip(likelihoods.response_states(llama, SEQUENCES), together):
+            torch.testing.assert_close(alone, h + v, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="Prompt 1 is empty"):
+        likelihoods.response_states(llama, [*SEQUENCES[:1], Tokens([], [4])])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -257,6 +259,47 @@ def test_what_cannot_be_added_is_refused_and_leaves_no_hook(llama, site, delta, 
     with pytest.raises(ValueError, match=message), steering.added(llama, site, delta):
         pass
     assert hook_count(llama) == before
+
+
+# --- Deltas by prompt and token ---
+
+
+@pytest.mark.parametrize(
+    "shape, of",
+    [
+        ((2, 5), lambda given, arm, i, t: given[arm]),
+        ((2, 3, 5), lambda given, arm, i, t: given[arm, i]),
+        ((2, 3, 4, 5), lambda given, arm, i, t: given[arm, i, t]),
+        ((2, 1, 4, 5), lambda given, arm, i, t: given[arm, 0, t]),
+        ((2, 3, 1, 5), lambda given, arm, i, t: given[arm, i, 0]),
+    ],
+)
+def test_by_prompt_says_what_each_arm_prompt_and_token_is_given(shape, of):
+    given = random_vector(*shape)
+    found = steering.by_prompt(given, 3)
+    assert found.shape == (2, 3, shape[2] if len(shape) == 4 else 1, 5)
+    for arm, i, t in itertools.product(*map(range, found.shape[:3])):
+        assert torch.equal(found[arm, i, t], of(given, arm, i, t))
+
+
+def test_of_one_prompt_every_shape_is_that_prompt_s():
+    for shape in ((2, 5), (2, 1, 5), (2, 1, 4, 5)):
+        given = random_vector(*shape)
+        assert torch.equal(steering.by_prompt(given, 1).flatten(), given.flatten())
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 4, 5), (2, 1, 5), (2, 2, 4, 5), (1, 2, 3, 4, 5)])
+def test_deltas_of_another_shape_are_refused_by_their_shape(shape):
+    """One prompt's deltas are every prompt's where they are told by token alone, lest (prompts, 1, d) pass for it."""
+    expected = rf"\(arms, d\), \(arms, 3, d\) or \(arms, 1 or 3, tokens, d\), got shape {re.escape(str(shape))}\.$"
+    with pytest.raises(ValueError, match=expected):
+        steering.by_prompt(torch.ones(shape), 3)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (0, 1, 4, 5)])
+def test_no_arm_at_all_is_refused(shape):
+    with pytest.raises(ValueError, match=r"There is no arm to compute: give at least one delta\."):
+        steering.by_prompt(torch.ones(shape), 3)
 
 
 # --- SteeringVector ---
