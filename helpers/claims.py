@@ -86,17 +86,26 @@ def predictions(section: str) -> str:
     return "\n".join([f"{' '.join(found.written.split())} ({found.date})", "", *lines, *since])
 
 
-def scored(section: str, number: int, holds: bool, text: str) -> str:
-    """One line of Markdown: whether a numbered prediction held, and by what. Where a number of the text is not there
-    (+nan), nobody can tell.
+def scored(section: str, number: int, holds: bool | None, text: str) -> str:
+    """One line of Markdown: whether a numbered prediction held, and by what; None is undecided (`held`). Where a number
+    of the text is not there (+nan), nobody can tell.
 
     Raises ValueError for a number that the section does not have.
     """
     there_are = len(PREDICTIONS[section].predictions)
     if not 1 <= number <= there_are:
         raise ValueError(f"There is no prediction {number} on {section}: predictions.toml has {there_are}.")
-    word = "Cannot be told" if re.search(r"[+-]nan|nan \[", text) else "Held" if holds else "Failed"
+    word = {None: "Undecided", True: "Held", False: "Failed"}[None if holds is None else bool(holds)]
+    word = "Cannot be told" if re.search(r"[+-]nan|nan \[", text) else word
     return f"{number}. **{word}.** {text}"
+
+
+def held(*clauses: tuple[Estimate, float, float]) -> bool | None:
+    """Whether a prediction of several clauses held: each an estimate and the region that was predicted for it. It did
+    where every interval lies inside its region, it failed where one lies outside, and is undecided (None) otherwise."""
+    inside = [low <= found.low and found.high <= high for found, low, high in clauses]
+    outside = [found.high < low or high < found.low for found, low, high in clauses]
+    return False if any(outside) else True if all(inside) else None
 
 
 class Verdict(NamedTuple):

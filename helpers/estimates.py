@@ -256,14 +256,15 @@ class Dimension(NamedTuple):
 
 
 def behavioural_dimension(
-    steered: Mapping[int, np.ndarray], ends: Mapping[str, np.ndarray], groups: Sequence, ceiling: np.ndarray
+    steered: Mapping[int, np.ndarray], ends: Mapping[str, np.ndarray], groups: Sequence, reference: np.ndarray
 ) -> Dimension:
-    """The smallest k whose recovered share reaches REACHED of the ceiling's, measured and in RESAMPLES bootstrap draws
-    over groups and over seeds; none where the ceiling recovers less than 1 - REACHED itself.
+    """The smallest k whose recovered share reaches REACHED of the reference's, or of the whole way where that goes
+    farther, measured and in RESAMPLES bootstrap draws over groups and over seeds; none where the reference recovers
+    less than 1 - REACHED itself.
 
     steered: {k: what was measured of the base steered along k directions, (seeds, N)}; ends: of "base" and "dpo",
-    (seeds, N); ceiling: the same of the most that can be done where the directions are read, (seeds, N). Values that
-    are not there (nan) are left out.
+    (seeds, N); reference: the same of all that was read where the directions are, (seeds, N). Values that are not there
+    (nan) are left out.
     """
     ks, seeds = sorted(steered), len(ends["base"])
     of_prompts = _pigeonholes(ends["base"].shape[1], groups).T  # (N, draws)
@@ -274,8 +275,8 @@ def behavioural_dimension(
 
     with np.errstate(divide="ignore", invalid="ignore"):
         start, goal = means(ends["base"]), means(ends["dpo"])
-        every = [*(steered[k] for k in ks), ceiling]
-        *shares, most = ((recovered_share(means(each), start, goal) * of_seeds).sum(0) for each in every)
-    reached = (np.array(shares) >= REACHED * most) & (most >= 1 - REACHED)
+        every = [*(steered[k] for k in ks), reference]
+        *shares, whole = ((recovered_share(means(each), start, goal) * of_seeds).sum(0) for each in every)
+    reached = (np.array(shares) >= REACHED * np.minimum(whole, 1)) & (whole >= 1 - REACHED)
     found = np.where(reached.any(0), np.array(ks)[reached.argmax(0)], np.nan)
     return Dimension(float(found[0]), found[1:])

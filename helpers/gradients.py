@@ -168,12 +168,19 @@ def linear_share(W: Tensor, base: Tensor, partner: Tensor, v: Tensor) -> float:
     return ((2 * v.double() @ moment - v.double() @ gram @ v.double()) / total).item()
 
 
+def embedding_covariance(W: Tensor, base: Tensor) -> Tensor:
+    """sum_c W^T (diag p - p p^T) W, (d, d), of contexts with these log-probabilities, (N, vocabulary): the curvature of
+    the KL in a vector that is added at `final`. Two vectors that differ where it is nothing make the same logits."""
+    W, p = W.double(), base.double().exp()
+    mean = p @ W
+    return (W.T * p.sum(0)) @ W - mean.T @ mean
+
+
 def _reward_moments(W: Tensor, base: Tensor, partner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Summed over contexts, under the base: the covariance of e_y, (d, d), its covariance with the reward, (d,), and
     the reward's variance. Taking off a context's mean takes off its k(c)."""
     W, p = W.double(), base.double().exp()
     reward = torch.where(p > 0, partner.double() - base.double(), 0.0)
     mean, mean_reward = p @ W, (p * reward).sum(1)
-    gram = (W.T * p.sum(0)) @ W - mean.T @ mean
     moment = (p * reward).sum(0) @ W - mean_reward @ mean
-    return gram, moment, (p * reward.square()).sum() - mean_reward.square().sum()
+    return embedding_covariance(W, base), moment, (p * reward.square()).sum() - mean_reward.square().sum()

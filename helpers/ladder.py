@@ -1,12 +1,13 @@
-"""How much of DPO is a vector? A ladder from one constant vector to the partner itself, each rung free in more.
+"""How much of DPO is a vector? A ladder of changes to the base, from one constant vector to the partner itself.
 
 A rung is the base with something added, or the partner with something taken away: where it stands is the share of
-KL(partner || base) that it removes, and of the behaviour that it recovers. What is found by KL is found on the
+KL(partner || base) that it removes, and of the behaviour that it recovers. Rungs are of several kinds, and not each
+holds the one before it: shares do not add up to a whole. What is found by KL is found on the
 partner's answers to held-in prompts, its penalties, doses and stops on those to validation prompts, and told on
 held-out ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from helpers import estimates, report, spectra
-from helpers.lm import adapters, steering
+from helpers import estimates, gradients, report, spectra
+from helpers.estimates import Estimate
+from helpers.lm import adapters, likelihoods, steering
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.stages import changed
@@ -27,12 +29,13 @@ from helpers.stages.block_vectors import nearest_vectors
 from helpers.stages.divergences import divergences
 from helpers.stages.roles import Role
 from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind, one_hot, shifts
-from helpers.stages.tilted import tilted_divergences
+from helpers.stages.tilted import nearest_vector, tilted_divergences
 from helpers.study import Study
 
 ANSWERED = {"heldin": 256, "validation": 128}  # prompts, on whose answers by the partner shifts at `final` are found,
 THROUGH = {"heldin": 128, "validation": 64}  # and vectors in the blocks, by gradients through the model
-DOSES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of v*, tried on validation prompts
+DOSES = tuple(np.round(np.arange(-1, 4.05, 0.1), 1).tolist())  # of v* at `final`, tried on validation prompts,
+IN_BLOCKS = (-0.5, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # and in the blocks
 SHARES = (0.5, 0.75)  # of what the adapter adds
 CUT = (1, 2)  # ranks of the adapter
 TOKENS = (0, 1, 2, 4, 8, np.inf)  # where the tokens of an answer are parted, the first being 1
@@ -40,7 +43,7 @@ EVERY = 4  # of how many held-out prompts one is asked what is held true: there 
 
 
 class Rung(NamedTuple):
-    """A model between base and partner. kind: what it may do that the rungs before may not. role: the model, and
+    """A model between base and partner. kind: what its change may depend on, or where it is made. role: the model, and
     deltas, what is added to it at `final` (`steering.by_prompt`). parameters: the numbers that it is free in."""
 
     name: str
@@ -51,7 +54,7 @@ class Rung(NamedTuple):
 
 
 def rungs(s: Study) -> list[Rung]:
-    """All rungs that a partner has, from least to most: without shifts at `final` where logits are more than W h, and
+    """All rungs that a partner has: without shifts at `final` where logits are more than W h, and
     without an adapter's where the partner is a whole model."""
     base, v = s.lm.role("base"), s.direction()
     nothing, dose = torch.zeros_like(v)[None], best_dose(s)
@@ -70,9 +73,9 @@ def rungs(s: Study) -> list[Rung]:
 
 def best_dose(s: Study) -> float:
     """The dose of v* at `final` among DOSES that takes the base nearest to the partner on validation prompts."""
-    answered = _answered(s, "validation", ANSWERED)
-    arms = torch.tensor(DOSES)[:, None] * s.direction()
-    left = divergences(s.lm.role("base"), s.lm.role("dpo"), answered, arms).groupby("arm")["kl"].mean()
+    answered, arms = _answered(s, "validation", ANSWERED), torch.tensor(DOSES)[:, None] * s.direction()
+    told = tilted_divergences if report.logits_are_products(s) else divergences
+    left = told(s.lm.role("base"), s.lm.role("dpo"), answered, arms).groupby("arm")["kl"].sum()
     return DOSES[int(left.argmin())]
 
 
@@ -85,14 +88,14 @@ def _shifts(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
         "v_opt": (s.nearest_vector()[None], d),
         "one a token of the answer": (by_token(one_hot(torch.arange(tokens), tokens))[None, None], tokens * d),
         "two, by a probe of the prompt": (probed(sides(s)["heldout"][:, None])[None], 2 * d + d + 1),
-        "linear in the prompt's state": (prompted(read)[None], prompted.parameters),
+        "linear in the prompt's state": (prompted(read)[None], d + d * d),
     }
     kinds = ("one vector", "by position", "by prompt", "by prompt")
     at_final = [Rung(name, kind, base, z.float(), n) for (name, (z, n)), kind in zip(added.items(), kinds)]
-    heads = [(f"rank {k}", of_kind(found, STATE, k)) for k in LOW_RANKS] + [("full rank", of_kind(found, STATE))]
+    heads = {f"head, rank {k}": (of_kind(found, STATE, k), d + k * (2 * d - k)) for k in LOW_RANKS}
+    heads["head, full rank"] = (of_kind(found, STATE), d + d * d)
     return at_final + [
-        Rung(f"head, {name}", "by state", changed.with_shift(base, shift), nothing, shift.parameters)
-        for name, shift in heads
+        Rung(name, "by state", changed.with_shift(base, shift), nothing, n) for name, (shift, n) in heads.items()
     ]
 
 
@@ -128,7 +131,7 @@ def _in_blocks(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
     found = {
         f"{dose:g} v* at {site}": {site: dose * s.direction(site)},
         f"trained at {site}": trained_in_blocks(s, [site]),
-        "trained in all blocks": trained_in_blocks(s, every),
+        "trained at all block sites": trained_in_blocks(s, every),
     }
     return [
         Rung(name, "in the blocks", changed.with_vectors(base, vectors), nothing, len(vectors) * d)
@@ -137,12 +140,12 @@ def _in_blocks(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
 
 
 def best_in_a_block(s: Study) -> tuple[str, float]:
-    """The site in the blocks and the dose among DOSES at which v*, added at every position, takes the base nearest to
-    the partner on validation prompts."""
+    """The site in the blocks and the dose among IN_BLOCKS at which v*, added at every position, takes the base nearest
+    to the partner on validation prompts."""
     answered, base, dpo = _answered(s, "validation", THROUGH), s.lm.role("base"), s.lm.role("dpo")
     nothing, left = torch.zeros_like(s.direction())[None], {}
     for site in s.lm.sites[:-1]:
-        for dose in DOSES if s.direction(site).any() else ():  # the embeddings are moved by no adapter
+        for dose in IN_BLOCKS if s.direction(site).any() else ():  # the embeddings are moved by no adapter
             steered = changed.with_vectors(base, {site: dose * s.direction(site)})
             left[site, dose] = divergences(steered, dpo, answered, nothing)["kl"].mean()
     return min(left, key=left.get)
@@ -164,38 +167,120 @@ def _of_the_adapter(s: Study, nothing: Tensor) -> list[Rung]:
             return []
         n = {rank: adapters.parameters(model, rank) for rank in (*CUT, None)}
     cut = [Rung(f"adapter, rank {k}", "adapter", changed.cut(dpo, k), nothing, n[k]) for k in CUT]
-    scaled = [Rung(f"{share:g} × adapter", "adapter", changed.scaled(dpo, share), nothing, n[None]) for share in SHARES]
+    scaled = [Rung(f"{share:g} × adapter", "adapter", changed.scaled(dpo, share), nothing, 1) for share in SHARES]
     return scaled + cut
 
 
 # --- Where a rung stands ---
 
 
-def table(s: Study) -> pd.DataFrame:
+class Measured(NamedTuple):
+    """A rung and what is measured of it, a number a held-out prompt, (N,): `kl`, KL(partner || rung) of the partner's
+    answer, nats; what the judge says of sampled answers; and `lead`, by how many nats the true value is ahead, of every
+    fourth prompt. heldin: the mean KL on the partner's answers to held-in prompts, on which blocks' vectors are
+    found."""
+
+    rung: Rung
+    columns: dict[str, np.ndarray]
+    heldin: float
+
+
+def measured(s: Study) -> dict[str, Measured]:
+    """{name: what is measured} of the base, every rung and the partner. Rungs of one model are measured together."""
+    nothing, dpo = torch.zeros_like(s.direction())[None], s.lm.role("dpo")
+    with dpo.opened() as model:
+        n = adapters.parameters(model) if adapters.is_plain(model) else sum(p.numel() for p in model.parameters())
+    every = [Rung("base", "", s.lm.role("base"), nothing, 0), *rungs(s), Rung("partner", "", dpo, nothing, n)]
+    found = {}
+    for key in dict.fromkeys(rung.role.key for rung in every):
+        found |= _together_measured(s, [rung for rung in every if rung.role.key == key])
+    return {rung.name: found[rung.name] for rung in every}
+
+
+def _together_measured(s: Study, some: Sequence[Rung]) -> dict[str, Measured]:
+    """What is measured of rungs of one model."""
+    role, dpo, answered = some[0].role, s.lm.role("dpo"), s.answered("dpo", s.prompts("heldout"))
+    deltas = _together([rung.deltas for rung in some], len(answered))
+    tables = [divergences(role, dpo, answered, deltas), s.sweep(role, FINAL, deltas)]
+    tables += [_leads(s, role, deltas)] if s.task.has_facts else []
+    alike, heldin = [rung for rung in some if rung.deltas.ndim == 2], {}  # for every prompt
+    if alike:
+        arms = torch.cat([rung.deltas for rung in alike])
+        kl = divergences(role, dpo, _answered(s, "heldin", THROUGH), arms).groupby("arm")["kl"].mean()
+        heldin = {rung.name: kl[arm] for arm, rung in enumerate(alike)}
+    found = {}
+    for arm, rung in enumerate(some):
+        its = [by_arm[by_arm["arm"] == arm].sort_values("prompt") for by_arm in tables]
+        columns = {name: column.to_numpy() for by_arm in its for name, column in by_arm.items()}
+        found[rung.name] = Measured(rung, columns, heldin.get(rung.name, np.nan))
+    return found
+
+
+Found = Mapping[str, Measured]  # what `measured` gives
+
+
+def table(s: Study, found: Found) -> pd.DataFrame:
     """A row a rung, between the base and the partner: `kind`, `parameters`, estimates of the share of `KL` removed and
     of the `behaviour` recovered, the change of the facts' `lead` (nats), and `fluency`: the share of well-formed
-    answers or, where no rule tells, the loss under the base (nats a token). All on held-out prompts."""
-    nothing = torch.zeros_like(s.direction())[None]
-    ends = [Rung(name, "", s.lm.role(role), nothing, 0) for name, role in (("base", "base"), ("partner", "dpo"))]
-    every = [ends[0], *rungs(s), ends[1]]
-    found = measured(s, every)
-    return pd.DataFrame({rung.name: _row(s, rung, found) for rung in every}).T
+    answers or, where no rule tells, the loss under the base (nats a token), all on held-out prompts; and `held-in`, the
+    share of KL on the held-in prompts that vectors in the blocks are found on, nan where a rung is of held-out ones."""
+    rows = {name: _row(s, one, found["base"], found["partner"]) for name, one in found.items()}
+    return pd.DataFrame(rows).T
 
 
-def measured(s: Study, every: Sequence[Rung]) -> dict[str, dict[str, np.ndarray]]:
-    """What is measured of each rung, a number a held-out prompt, (N,): `kl`, KL(partner || rung) of the partner's
-    answer, nats; what the judge says of sampled answers; and `lead`, by how many nats the true value is ahead, of every
-    fourth prompt. Rungs of one model are measured together."""
-    answered, found = s.answered("dpo", s.prompts("heldout")), {}
-    for key in dict.fromkeys(rung.role.key for rung in every):
-        some = [rung for rung in every if rung.role.key == key]
-        role, deltas = some[0].role, _together([rung.deltas for rung in some], len(answered))
-        tables = [divergences(role, s.lm.role("dpo"), answered, deltas), s.sweep(role, FINAL, deltas)]
-        tables += [_leads(s, role, deltas)] if s.task.has_facts else []
-        for arm, rung in enumerate(some):
-            its = [by_arm[by_arm["arm"] == arm].sort_values("prompt") for by_arm in tables]
-            found[rung.name] = {name: column.to_numpy() for by_arm in its for name, column in by_arm.items()}
-    return found
+def _row(s: Study, one: Measured, base: Measured, partner: Measured) -> dict:
+    its, start, groups = one.columns, base.columns, s.clusters()
+    way = {"base": start["preferred"], "dpo": partner.columns["preferred"]}
+    row = {
+        "kind": one.rung.kind,
+        "parameters": one.rung.parameters,
+        "KL": estimates.interval(estimates.removed_share, its["kl"], start["kl"], groups=groups),
+        "held-in": 1 - one.heldin / base.heldin,
+        "behaviour": estimates.share_of_the_way("base", its["preferred"], way, groups),
+    }
+    if "lead" in its:
+        some = groups[:, ::EVERY]
+        row["lead"] = estimates.interval(estimates.difference, its["lead"], start["lead"], groups=some)
+    return row | {"fluency": its["well_formed" if "well_formed" in its else "token_loss"].mean()}
+
+
+def gain(s: Study, found: Found, rung: str, beside: str) -> Estimate:
+    """By how much more of KL(partner || base) one rung removes than another, prompt by prompt."""
+    left, other, base = (found[name].columns["kl"] for name in (rung, beside, "base"))
+    return estimates.interval(lambda a, b, whole: (b - a) / whole, left, other, base, groups=s.clusters())
+
+
+def cost(s: Study, found: Found, rung: str) -> Estimate:
+    """By how many nats less the true value leads under a rung than under the partner, prompt by prompt."""
+    leads = (found[name].columns["lead"] for name in ("partner", rung))
+    return estimates.interval(estimates.difference, *leads, groups=s.clusters()[:, ::EVERY])
+
+
+# --- The ceiling ---
+
+
+def at_most(s: Study) -> Estimate:
+    """The share of KL that the constant vector removes which is found on the very answers to held-out prompts that it
+    is told of: no constant vector removes more. What v_opt removes there is the least that the best one can."""
+    base, dpo, answered = s.lm.role("base"), s.lm.role("dpo"), s.answered("dpo", s.prompts("heldout"))
+    tokens = sum(len(one.response) for one in answered)
+    v = nearest_vector(base, dpo, answered, tokens, s.profile.seed)["vector"]
+    whole, left = np.split(divergences(base, dpo, answered, torch.stack([0 * v, v]))["kl"].to_numpy(), 2)
+    return estimates.interval(estimates.removed_share, left, whole, groups=s.clusters())
+
+
+def cosines_as_heard(s: Study, others: Mapping[str, Tensor]) -> pd.DataFrame:
+    """How v_opt lies to other vectors at `final`, a row each: their `cosine` in the metric of the KL, by which the base
+    hears a vector (`gradients.embedding_covariance`), the plain one, and the `norm` of v_opt in theirs."""
+    with s.lm.playing("base") as model:
+        logps = torch.cat(likelihoods.response_distributions(model, _answered(s, "validation", THROUGH)))
+    G, v = gradients.embedding_covariance(s.lm.unembedding, logps), s.nearest_vector().double()
+    rows = {}
+    for name, other in others.items():
+        w = other.double()
+        heard = (v @ G @ w / ((v @ G @ v) * (w @ G @ w)).sqrt()).item()
+        rows[name] = [heard, spectra.cosines(w[None], v).item(), (v.norm() / w.norm()).item()]
+    return pd.DataFrame(rows, ["cosine", "plain cosine", "norm"]).T
 
 
 def _together(deltas: Sequence[Tensor], prompts: int) -> Tensor:
@@ -214,21 +299,6 @@ def _leads(s: Study, role: Role, deltas: Tensor) -> pd.DataFrame:
         values = torch.tensor([len(s.task.stated(pair)) for pair in pairs])
         deltas = deltas[:, ::EVERY].repeat_interleave(values, dim=1)
     return beliefs(role, s.task, pairs, deltas)
-
-
-def _row(s: Study, rung: Rung, found: dict[str, dict[str, np.ndarray]]) -> dict:
-    its, base, groups = found[rung.name], found["base"], s.factors("heldout")
-    way = {role: found[end]["preferred"] for role, end in (("base", "base"), ("dpo", "partner"))}
-    row = {
-        "kind": rung.kind,
-        "parameters": rung.parameters,
-        "KL": estimates.interval(estimates.removed_share, its["kl"], base["kl"], groups=groups),
-        "behaviour": estimates.share_of_the_way("base", its["preferred"], way, groups),
-    }
-    if "lead" in its:
-        some = groups[:, ::EVERY]
-        row["lead"] = estimates.interval(estimates.difference, its["lead"], base["lead"], groups=some)
-    return row | {"fluency": its["well_formed" if "well_formed" in its else "token_loss"].mean()}
 
 
 # --- Where in an answer ---

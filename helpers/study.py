@@ -63,6 +63,14 @@ class Study(Steered):
         if self.task.has_facts:
             self.lead("base"), self.lead("dpo")
 
+    def clusters(self) -> np.ndarray:
+        """What the held-out prompts share, (K, N) labels, as `factors`; where falsehoods are taught the fact alone,
+        since each is learned or not, and held-out prompts ask about the same ones in other words."""
+        pairs = self.pairs["heldout"]
+        if not all(pair.family == "belief" for pair in pairs):
+            return self.factors("heldout")
+        return np.array([[f"{pair.question.place} {pair.question.kind}" for pair in pairs]])
+
     # --- 6. Likelihoods ---
 
     def reward_margins(self, split: str) -> np.ndarray:

@@ -396,6 +396,15 @@ def test_a_prediction_is_scored_by_its_number_and_an_unknown_one_is_refused():
             claims.scored("sizes", number, True, "")
 
 
+def test_a_prediction_holds_where_every_interval_lies_inside_and_fails_where_one_lies_outside():
+    inside, across, outside = (Estimate(x, x - 0.1, x + 0.1) for x in (0.5, 0.75, 1.0))
+    region = (0.2, 0.8)
+    assert claims.held((inside, *region)) is True and claims.held((outside, *region)) is False
+    assert claims.held((inside, *region), (across, *region)) is None
+    assert claims.held((across, *region), (outside, *region)) is False
+    assert claims.scored("ladder", 1, None, "So.") == "1. **Undecided.** So."
+
+
 def test_nothing_is_changed_before_it_was_written_and_every_change_has_a_reason():
     for about in [*claims.ALL.values(), *claims.PREDICTIONS.values()]:
         assert all(change.date >= about.date and change.what and change.why for change in about.changes)

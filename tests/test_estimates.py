@@ -500,14 +500,17 @@ def test_the_dimension_is_the_smallest_number_of_directions_that_is_enough():
 
 
 def test_the_dimension_is_held_against_what_can_be_done_at_all():
-    """A ceiling of 0.6: 0.48 of the way is enough, which 1 reaches; a ceiling of 0.1 is hardly any, and none is."""
+    """A reference of 0.6: 0.48 of the way is enough, which 1 reaches; of 0.1 it is hardly any, and none is enough; and
+    one that goes beyond the whole way asks for no more than the whole way does."""
     ends = {"base": np.zeros((1, 30)), "dpo": np.ones((1, 30))}
     steered = {k: np.full((1, 30), share) for k, share in ((1, 0.5), (2, 0.6))}
     against = [
-        estimates.behavioural_dimension(steered, ends, np.arange(30), np.full((1, 30), ceiling)).measured
-        for ceiling in (0.6, 0.7, 0.8, 0.1)
+        estimates.behavioural_dimension(steered, ends, np.arange(30), np.full((1, 30), reference)).measured
+        for reference in (0.6, 0.7, 0.8, 0.1)
     ]
     assert against[:2] == [1, 2] and np.isnan(against[2:]).all()
+    enough = {1: np.full((1, 30), 0.85)}
+    assert estimates.behavioural_dimension(enough, ends, np.arange(30), np.full((1, 30), 1.3)).measured == 1
 
 
 def test_the_dimension_is_of_means_over_what_was_judged():

@@ -13,7 +13,7 @@ from conftest import random_vector
 from studied import PROFILE, WIDTH, decoded, logits, logp, logps
 
 from helpers import estimates, ladder, spectra, study
-from helpers.ladder import Rung
+from helpers.ladder import Measured, Rung
 from helpers.lm import decoding, encoding, steering
 from helpers.lm.architecture import causal_lm
 from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind
@@ -36,13 +36,14 @@ def rungs(trained):
     return {rung.name: rung for rung in ladder.rungs(trained)}
 
 
-def ends(s) -> list[Rung]:
-    return [Rung(name, "", s.lm.role(role), NOTHING, 0) for name, role in (("base", "base"), ("partner", "dpo"))]
+@pytest.fixture(scope="module")
+def measured(trained):
+    return ladder.measured(trained)
 
 
 @pytest.fixture(scope="module")
-def found(trained, rungs):
-    return ladder.measured(trained, [*rungs.values(), *ends(trained)])
+def found(measured):
+    return {name: one.columns for name, one in measured.items()}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def shifts(trained):
 NAMES = [
     "v*", "{dose} v*", "v_opt", "one a token of the answer", "two, by a probe of the prompt",
     "linear in the prompt's state", "head, rank 1", "head, rank 2", "head, rank 4", "head, full rank",
-    "{of} v* at {site}", "trained at {site}", "trained in all blocks", "0.5 × adapter", "0.75 × adapter",
+    "{of} v* at {site}", "trained at {site}", "trained at all block sites", "0.5 × adapter", "0.75 × adapter",
     "adapter, rank 1", "adapter, rank 2",
 ]  # fmt: skip
 BY_VECTORS, BY_STATE, IN_BLOCKS = NAMES[:6], NAMES[6:10], NAMES[10:13]
@@ -117,7 +118,7 @@ def model_of(trained, plain, shifts):
     in_blocks = {
         "{of} v* at {site}": lambda: {site: of * trained.direction(site)},
         "trained at {site}": lambda: ladder.trained_in_blocks(trained, [site]),
-        "trained in all blocks": lambda: ladder.trained_in_blocks(trained, trained.lm.sites[:-1]),
+        "trained at all block sites": lambda: ladder.trained_in_blocks(trained, trained.lm.sites[:-1]),
     }
 
     def made(name, i, length=1):
@@ -171,7 +172,7 @@ def test_doses_are_those_that_come_nearest_on_validation_prompts(trained, plain)
     assert ladder.best_dose(trained) == min(left, key=left.get)
     left = {}
     for site, block in zip(("resid[1]", "resid[2]"), plain["base"].model.layers):
-        for dose in ladder.DOSES:
+        for dose in ladder.IN_BLOCKS:
             with ExitStack() as stack:
                 stack.callback(block.register_forward_hook(adding(dose * trained.direction(site))).remove)
                 left[site, dose] = kl(0.0)
@@ -193,7 +194,7 @@ def test_a_rung_that_may_do_more_leaves_no_more_where_it_was_found(trained, shif
     assert left[4] < left[3] < min(left[1], left[2]) <= max(left[1], left[2]) < left[0]
 
 
-def test_parameters_are_the_numbers_that_each_is_free_in(trained, rungs, shifts):
+def test_parameters_are_the_numbers_that_each_is_free_in(trained, rungs, measured):
     d, tokens = WIDTH, rungs["one a token of the answer"].deltas.shape[2]
     with trained.lm.playing("dpo") as model:
         layers = [layer for layer in model.modules() if hasattr(layer, "get_delta_weight")]
@@ -202,18 +203,20 @@ def test_parameters_are_the_numbers_that_each_is_free_in(trained, rungs, shifts)
         "v*": d, "{dose} v*": d + 1, "v_opt": d, "one a token of the answer": tokens * d,
         "two, by a probe of the prompt": 3 * d + 1,  # and the probe's threshold
         "head, rank 1": d + 2 * d - 1, "head, rank 4": d + 4 * (2 * d - 4), "head, full rank": d + d * d,
-        "{of} v* at {site}": d, "trained at {site}": d, "trained in all blocks": 3 * d,
-        "0.5 × adapter": PROFILE.recipe.rank * sizes, "adapter, rank 1": sizes, "adapter, rank 2": 2 * sizes,
+        "{of} v* at {site}": d, "trained at {site}": d, "trained at all block sites": 3 * d,
+        "linear in the prompt's state": d + d * d,
+        "0.5 × adapter": 1, "adapter, rank 1": sizes, "adapter, rank 2": 2 * sizes,
     }  # fmt: skip
     assert {name: rungs[named(trained, name)[0]].parameters for name in expected} == expected
+    assert measured["partner"].rung.parameters == PROFILE.recipe.rank * sizes
 
 
 # --- Where they stand ---
 
 
 @pytest.fixture(scope="module")
-def table(trained):
-    return ladder.table(trained)
+def table(trained, measured):
+    return ladder.table(trained, measured)
 
 
 def test_the_partner_removes_all_and_the_base_nothing(trained, table):
@@ -236,8 +239,9 @@ def test_behaviour_is_the_share_of_the_way_from_base_to_partner(trained):
     n = trained.factors("heldout").shape[1]
     some = {"kl": np.ones(n), "well_formed": np.ones(n)}
     preferred = {"base": 0.25, "half": 0.5, "partner": 0.75}
-    made = {name: some | {"preferred": np.full(n, value)} for name, value in preferred.items()}
-    row = ladder._row(trained, Rung("half", "a kind", None, NOTHING, 7), made)
+    rung = Rung("half", "a kind", None, NOTHING, 7)
+    made = {name: Measured(rung, some | {"preferred": np.full(n, value)}, 1.0) for name, value in preferred.items()}
+    row = ladder._row(trained, made["half"], made["base"], made["partner"])
     assert row["behaviour"].value == pytest.approx(0.5) and "lead" not in row
     assert (row["kind"], row["parameters"]) == ("a kind", 7)
 
@@ -254,7 +258,13 @@ def test_ends_are_measured_as_any_study_measures_them(trained, found):
 
 @pytest.mark.parametrize(
     "name",
-    ["v*", "two, by a probe of the prompt", "linear in the prompt's state", "head, full rank", "trained in all blocks"],
+    [
+        "v*",
+        "two, by a probe of the prompt",
+        "linear in the prompt's state",
+        "head, full rank",
+        "trained at all block sites",
+    ],
 )
 def test_answers_are_sampled_from_the_rung_s_own_model(trained, found, model_of, name):
     prompts = trained.prompts("heldout")
@@ -403,13 +413,50 @@ def test_of_short_answers_later_tokens_are_not_told():
     assert found.columns.tolist() == ["1", "2"] and (found == 0.5).all(axis=None)
 
 
+# --- Differences, and the ceiling ---
+
+
+def test_a_gain_is_a_paired_difference_of_shares_and_a_cost_one_of_leads(trained, measured, found):
+    gain = ladder.gain(trained, measured, "v_opt", "v*")
+    left = [found[name]["kl"].mean() for name in ("v*", "v_opt", "base")]
+    assert gain.value == pytest.approx((left[0] - left[1]) / left[2]) and gain.low < gain.value < gain.high
+    cost = ladder.cost(trained, measured, "v_opt")
+    assert cost.value == pytest.approx(np.mean(found["partner"]["lead"] - found["v_opt"]["lead"]))
+
+
+def test_no_constant_vector_removes_more_than_that_which_is_found_on_what_it_is_told_of(trained, table):
+    at_most, dose = ladder.at_most(trained).value, named(trained, "{dose} v*")[0]
+    assert all(table["KL"][name].value <= at_most + 1e-4 for name in ("v*", dose, "v_opt"))
+    rng = torch.Generator().manual_seed(1)
+    near = trained.nearest_vector() + 0.02 * torch.randn(20, WIDTH, generator=rng)
+    kl = trained.divergences("base", near).groupby("arm")["kl"].mean() / trained.strength()[0].mean()
+    assert (1 - kl).max() <= at_most + 1e-4
+
+
+def test_a_cosine_as_it_is_heard_is_one_of_changes_of_logits_under_the_base(trained, plain):
+    """Over the tokens of validation answers, by the covariance of two changes of the logits under the base."""
+    v, others = trained.nearest_vector().double(), {"v*": trained.direction(), "twice": 2 * trained.nearest_vector()}
+    W = plain["base"].get_output_embeddings().weight.double()
+    found, answered = ladder.cosines_as_heard(trained, others), trained.answered("dpo", trained.prompts("validation"))
+    p = torch.cat([logps(plain["base"], tokens) for tokens in answered]).double().exp()
+
+    def covariance(a, b):
+        a, b = W @ a, W @ b.double()
+        return ((p * a * b).sum(1) - (p * a).sum(1) * (p * b).sum(1)).sum()
+
+    w = others["v*"].double()
+    heard = covariance(v, w) / (covariance(v, v) * covariance(w, w)).sqrt()
+    assert found.loc["v*", "cosine"] == pytest.approx(heard.item(), abs=1e-4)
+    assert found.loc["twice", ["cosine", "plain cosine", "norm"]].tolist() == pytest.approx([1, 1, 0.5])
+
+
 # --- Other partners ---
 
 
 def test_a_whole_model_has_no_rungs_of_an_adapter(trained):
     whole = Study(PROFILE.changed(name="whole", recipe=PROFILE.recipe.changed(rank=0, learning_rate=1e-3)))
-    found = ladder.table(whole)
-    assert not found.index.str.contains("adapter").any() and "trained in all blocks" in found.index
+    found = ladder.table(whole, ladder.measured(whole))
+    assert not found.index.str.contains("adapter").any() and "trained at all block sites" in found.index
     assert found.loc["partner", "KL"][:3] == (1, 1, 1) and found.loc["v*", "KL"].value > 0
 
 
@@ -420,9 +467,9 @@ def test_where_logits_are_more_than_products_there_are_no_shifts_at_final(traine
     monkeypatch.setattr(steering, "bias_on_logits", more)
     every = ladder.rungs(trained)
     assert [rung.name for rung in every] == named(trained, *NAMES[:2], *IN_BLOCKS, *NAMES[13:])
-    some = ladder.measured(trained, [*every, *ends(trained)])
+    some = ladder.measured(trained)
     for rung in every:
-        np.testing.assert_allclose(some[rung.name]["kl"], found[rung.name]["kl"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(some[rung.name].columns["kl"], found[rung.name]["kl"], rtol=1e-4, atol=1e-6)
     with pytest.raises(steering.NoBias, match="more than W h"):
         ladder.by_token(trained)
 
@@ -434,7 +481,7 @@ def test_of_prompts_alone_there_is_a_ladder_without_behaviour_and_leads(trained,
     ready = {"model": str(trained.source.path), "dpo_model": str(trained.chosen.adapter.path)}
     sizes = PROFILE.sizes.changed(heldin=8, validation=4, heldout=8)
     s = study.OfPrompts(PROFILE.changed(name="asked", data=f"prompts:{path}", sizes=sizes, **ready))
-    found = ladder.table(s)
+    found = ladder.table(s, ladder.measured(s))
     assert "lead" not in found and all(np.isnan(row.value) for row in found["behaviour"])
     assert found.loc["partner", "KL"].value == 1 and found.loc["base", "KL"].value == 0
     text = s.answers("base", "heldout")

@@ -12,8 +12,8 @@ DEFAULT_PROFILE = "atlas"
 WORLDS = "worlds"  # the profile whose ledger is over several worlds
 NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
 RUNGS = {
-    "v*": "v\\*", "v_opt": "the best vector", "two, by a probe of the prompt": "two, by a probe of the prompt",
-    "trained in all blocks": "one in each block", "adapter, rank 1": "the adapter, rank 1",
+    "v*": "v\\*", "v_opt": "v_opt", "two, by a probe of the prompt": "two, by a probe of the prompt",
+    "head, full rank": "the head alone", "adapter, rank 1": "the adapter, rank 1",
 }  # fmt: skip
 PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
 

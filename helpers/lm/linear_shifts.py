@@ -35,13 +35,6 @@ class LinearShift:
         """The shifts of contexts with these features, (..., p) -> (..., d)."""
         return self.b + ((x.to(self.M) - self.mean) / self.scale) @ self.M.T
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers it is free in: b, and M by its rank."""
-        d, p = self.M.shape
-        rank = int(torch.linalg.matrix_rank(self.M.double(), rtol=1e-4)) if p else 0
-        return d + rank * (d + p - rank)
-
 
 def kl_loss(W: Tensor, states: Tensor, expected: Tensor, bias: Tensor | None = None) -> Loss:
     """KL(goal || shifted) less its value without a shift, nats. W: (vocabulary, d); states: h(c), (N, d); expected:

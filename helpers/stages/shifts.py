@@ -15,7 +15,7 @@ from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
 
 CONTEXTS = 2048  # tokens of answers that shifts are found on, and as many that choose the penalty
-PENALTIES = (1e-3, 1e-4, 1e-5)  # of which the one that serves validation contexts best
+PENALTIES = (1e-1, 1e-3, 1e-4, 1e-5, 1e-6)  # of which the one that serves validation contexts best
 FEWEST = 32  # contexts that a token of the answer needs for a vector of its own
 TOKEN, PROBE, PROMPT, STATE = KINDS = ("token", "probe", "prompt", "state")  # what x(c) may be
 LOW_RANKS = (1, 2, 4)  # of a change of the head, beside the full one
@@ -57,13 +57,14 @@ def shifts(
     head = _head(role)
     fit, check = (_contexts(role, goal, head.W, *given, seed) for given in zip((heldin, validation), sides))
     tokens = max(1, int((torch.bincount(fit.tokens) >= FEWEST).sum()))
-    found = {}
+    found, chosen = {}, {}
     for kind in KINDS:
         full = _best(head, fit, check, kind, tokens)
-        found[kind, 0] = full[0]
+        found[kind, 0], chosen[f"{kind} penalty"] = full[0], torch.tensor(full[1], dtype=torch.float64)
         if kind == STATE:
             found |= {(kind, k): _of_rank(head, fit, full, k) for k in LOW_RANKS}
-    return {f"{kind} {rank} {name}": part for (kind, rank), shift in found.items() for name, part in _parts(shift)}
+    parts = {f"{kind} {rank} {name}": part for (kind, rank), shift in found.items() for name, part in _parts(shift)}
+    return parts | chosen
 
 
 def of_kind(found: dict[str, Tensor], kind: str, rank: int = 0) -> LinearShift:

@@ -98,7 +98,7 @@ def newton(base, goal) -> torch.Tensor:
 
 def test_of_no_features_it_is_the_vector_that_two_other_optimisers_find(base, goal):
     found = linear_shifts.nearest(loss_to(base, goal), NONE, D, steps=1000)
-    assert found.M.shape == (D, 0) and found.parameters == D
+    assert found.M.shape == (D, 0)
     close(found.b, newton(base, goal), atol=1e-5, rtol=1e-5)
     by_tilts = tilts.nearest_vector(base[0], (base[1] @ base[0].T).log_softmax(-1), goal.log_softmax(-1))
     close(found.b, by_tilts.double(), atol=1e-5, rtol=1e-5)
@@ -125,7 +125,7 @@ def test_a_goal_that_is_the_base_plus_a_linear_shift_is_found(base, x, rank, r):
     assert (
         kl(shifted(base, z), shifted(base, found(x))).mean() < 1e-10 < 1 < kl(shifted(base, z), shifted(base, 0)).mean()
     )
-    assert found.parameters == D + r * (D + P - r)
+    assert torch.linalg.matrix_rank(found.M, rtol=1e-4) == r
 
 
 def test_a_shift_of_less_rank_is_one_of_that_rank_and_leaves_more(base, goal, x):
@@ -222,21 +222,6 @@ def test_a_shift_is_its_formula_for_any_number_of_contexts():
     close(shift(torch.tensor([3, 5, 4])), torch.tensor([1 + 2 + 2.0, -1 + 6.0]))
     x = random_vector(2, 5, 3)
     assert shift(x).shape == (2, 5, 2) and torch.equal(shift(x)[1, 4], shift(x[1, 4]))
-
-
-@pytest.mark.parametrize(
-    "M, parameters",
-    [
-        (torch.zeros(5, 0), 5),
-        (torch.zeros(5, 3), 5),
-        (torch.ones(5, 3), 5 + 5 + 3 - 1),  # two factors, less the scale that can go to either
-        (torch.eye(5, 3), 5 + 5 * 3),
-        (torch.eye(5), 5 + 5 * 5),
-        (torch.diag(torch.tensor([1.0, 1.0, 1e-6, 0.0, 0.0])), 5 + 2 * (5 + 5 - 2)),  # as rounding leaves it
-    ],
-)
-def test_parameters_are_those_of_a_vector_and_of_a_matrix_of_its_rank(M, parameters):
-    assert LinearShift(torch.ones(5), M, torch.zeros(M.shape[1]), 1.0).parameters == parameters
 
 
 def test_features_that_never_change_do_no_harm(base, goal):

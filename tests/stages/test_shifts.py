@@ -131,8 +131,8 @@ def test_a_change_of_the_head_that_was_made_is_found_at_its_rank(trained, roles,
                 "kl"
             ].sum()
             assert 1 - after / before > least
-    assert of_kind(found, STATE, 1).parameters == WIDTH + 2 * WIDTH - 1
-    assert of_kind(found, STATE, 4).parameters == WIDTH + 4 * (2 * WIDTH - 4)
+    ranks = [int(torch.linalg.matrix_rank(of_kind(found, STATE, rank).M, rtol=1e-4)) for rank in (1, 4)]
+    assert ranks[0] == 1 and ranks[1] <= 4
 
 
 @pytest.mark.parametrize("penalties", [(1e-2, 1e-4, 1e-6), (1e-6, 1e-2)])
