@@ -64,9 +64,8 @@ def sample(
     """Answer every prompt `draws` times per arm: [arm * draws + draw][prompt] -> token ids, up to and without what ends
     an answer (`encoding.ends`).
 
-    seed: None decodes greedily, which is worth one draw. deltas: what each arm adds at `site` (a dose times a
-    direction), (arms, d), or with its own for every prompt and, at `final`, every token (`steering.by_prompt`); None is
-    one arm that adds nothing.
+    seed: None decodes greedily, which is worth one draw. deltas: what each arm adds at `site`, (arms, d), or with its
+    own for every prompt and, at `final`, every token (`steering.by_prompt`); None is one arm that adds nothing.
     span: "response" steers every position that predicts a token of the response, so from the prompt's last token on;
     "prompt" the prompt's own positions alone, the last among them; "all" both. Where memory does not suffice, batches
     are halved. Raises ValueError for an empty prompt or one that leaves no room for the answer, and for deltas of
