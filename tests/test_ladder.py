@@ -316,13 +316,14 @@ def test_leads_are_of_values_stated_to_the_very_prompt_that_a_shift_is_of(traine
 
 
 def test_deltas_of_several_rungs_stay_what_each_adds():
-    v, own, by_token = random_vector(1, 5), random_vector(2, 3, 5), random_vector(1, 1, 4, 5)
+    """Of fewer tokens the last one's is that of all that follow."""
+    v, own, by_token, fewer = (random_vector(*shape) for shape in ((1, 5), (2, 3, 5), (1, 1, 4, 5), (1, 3, 2, 5)))
     assert torch.equal(ladder._together([v, 2 * v], 3), torch.cat([v, 2 * v]))
-    found = ladder._together([v, own, by_token], 3)
-    assert found.shape == (4, 3, 4, 5)
+    found = ladder._together([v, own, by_token, fewer], 3)
+    assert found.shape == (5, 3, 4, 5)
     for i in range(3):
         for t in range(4):
-            expected = torch.stack([v[0], own[0, i], own[1, i], by_token[0, 0, t]])
+            expected = torch.stack([v[0], own[0, i], own[1, i], by_token[0, 0, t], fewer[0, i, min(t, 1)]])
             assert torch.equal(found[:, i, t], expected)
 
 

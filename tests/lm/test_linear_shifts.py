@@ -197,6 +197,13 @@ def test_at_a_rank_and_without_a_penalty_it_is_reduced_rank_regression(x, wanted
     close(found(x), reduced_rank(x, wanted, rank), atol=1e-5, rtol=1e-5)
 
 
+def test_the_search_at_a_rank_starts_from_what_is_best_for_squares(x, wanted):
+    """Without a step: a part of what the full map makes of the features, not of the map."""
+    full = linear_shifts.nearest(squares(wanted), x, D, steps=2000)
+    found = linear_shifts.nearest(squares(wanted), x, D, rank=2, start=full, steps=0)
+    close(found(x), reduced_rank(x, wanted, 2), atol=1e-5, rtol=1e-5)
+
+
 def test_the_penalty_at_a_rank_is_on_the_product(x, wanted):
     """So that the sum of both is no larger anywhere about it."""
     loss, penalty = squares(wanted), 0.1

@@ -33,10 +33,12 @@ def test_states_are_those_over_an_answer_and_those_that_predict_it(role, model, 
         torch.testing.assert_close(found["sum"][i], at[n - 1 : -1].sum(0), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("empty", [Tokens([5], []), Tokens([], [5])])
-def test_what_is_empty_is_refused(llama, empty):
+@pytest.mark.parametrize(
+    "empty, message", [(Tokens([5], []), "An answer is empty"), (Tokens([], [5]), "Prompt 1 is empty")]
+)
+def test_what_is_empty_is_refused(llama, empty, message):
     role = Role("base", "llama", lambda: nullcontext(llama), lambda: None)
-    with pytest.raises(ValueError, match="Prompt 1 is empty"):
+    with pytest.raises(ValueError, match=message):
         answer_states(role, [ANSWERS[0], empty])
 
 
