@@ -49,7 +49,9 @@ def check(model: nn.Module) -> None:
     config = model.peft_config[model.active_adapter]
     if config.peft_type != PeftType.LORA:
         raise NoPlainAdapter(f"The partner's adapter is {config.peft_type.value} and no LoRA: it is no product B A.")
-    besides = [name for name in BESIDES if getattr(config, name)] + ["bias"] * (config.bias != "none")
+    besides = [name for name in BESIDES if getattr(config, name)] + ["bias"] * (
+        config.bias != "none" or config.lora_bias
+    )
     if any(module.lora_variant for module in model.modules() if isinstance(module, LoraLayer)):
         besides.append("a variant of LoRA, such as DoRA")
     if besides:

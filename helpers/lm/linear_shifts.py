@@ -55,11 +55,6 @@ def kl_loss(W: Tensor, states: Tensor, expected: Tensor, bias: Tensor | None = N
     return loss
 
 
-def expected_embeddings(W: Tensor, logits: Tensor) -> Tensor:
-    """E(c) = sum_y goal(y|c) e_y of a goal with these logits, (N, vocabulary): (N, d)."""
-    return logits.softmax(-1) @ W
-
-
 def nearest(
     loss: Loss, x: Tensor, d: int, penalty: float = 0.0, rank: int | None = None, start: LinearShift | None = None,
     steps: int = 60,

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from helpers.lm import architecture, likelihoods, linear_shifts, steering
 from helpers.lm.batches import Tokens
@@ -105,14 +104,21 @@ def _of_rank(head: _Head, fit: Contexts, full: tuple[LinearShift, float], rank: 
 
 def _contexts(role: Role, goal: Role, W: Tensor, answered: Sequence[Tokens], sides: Tensor, seed: int) -> Contexts:
     """CONTEXTS of a goal's answers, drawn at random, or all."""
-    states, its = (_states(one, answered) for one in (role, goal))
+    states, expected = _states(role, answered), _expected(goal, answered, W)
     tokens = torch.cat([torch.arange(len(h)) for h in states])
     answer = torch.repeat_interleave(torch.arange(len(states)), torch.tensor([len(h) for h in states]))
     drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:CONTEXTS].sort().values
     first = torch.stack([h[0] for h in states])
-    own, of_goal = torch.cat(states)[drawn], linear(torch.cat(its)[drawn], *_head(goal))
-    expected = torch.cat([linear_shifts.expected_embeddings(W, logits) for logits in of_goal.split(linear_shifts.ROWS)])
-    return Contexts(own, first[answer[drawn]], expected, tokens[drawn], sides[answer[drawn]].to(own))
+    own = torch.cat(states)[drawn]
+    return Contexts(own, first[answer[drawn]], expected[drawn], tokens[drawn], sides[answer[drawn]].to(own))
+
+
+def _expected(goal: Role, answered: Sequence[Tokens], W: Tensor) -> Tensor:
+    """E(c) at every token of the answers, (N, d)."""
+    with goal.opened() as model:
+        read = likelihoods.response_logits(model, answered, None, f"distributions, {goal.name}")
+        found = {i: logps[0].float().exp() @ W for i, logps, _ in read}
+    return torch.cat([found[i] for i in range(len(answered))])
 
 
 def _states(role: Role, answered: Sequence[Tokens]) -> list[Tensor]:

@@ -70,6 +70,7 @@ def test_the_base_of_a_scaled_adapter_is_the_base(base, partner):
         (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "a variant of LoRA"),
         (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
         (LoraConfig(r=2, target_modules=["q_proj"], bias="all"), "bias"),
+        (LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), "bias"),
         (LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3]), "trainable_token_indices"),
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 and no LoRA"),
     ],

@@ -111,7 +111,7 @@ def test_a_probe_s_two_vectors_are_nearly_those_of_each_side_alone(trained, role
         deltas = torch.stack([nearest_vector(*roles, some, 10_000, 0)["vector"], found(torch.tensor([side]))])
         of_best, of_found = tilted_divergences(*roles, some, deltas).groupby("arm")["kl"].sum()
         alone, both = alone + of_best, both + of_found
-    assert alone <= both < 1.02 * alone
+    assert 0.9999 * alone <= both < 1.02 * alone
 
 
 def test_a_change_of_the_head_that_was_made_is_found_at_its_rank(trained, roles, given):
@@ -143,7 +143,7 @@ def test_the_penalty_is_the_one_that_serves_other_contexts_best(monkeypatch, pen
 
     def contexts(n, seed):
         h, noise = random_vector(n, 6, seed=seed).double(), random_vector(n, 30, seed=seed + 1).double()
-        expected = linear_shifts.expected_embeddings(W, h @ W.T + 0.2 * h[:, :1] * W[:, 0] + 2 * noise)
+        expected = (h @ W.T + 0.2 * h[:, :1] * W[:, 0] + 2 * noise).softmax(-1) @ W
         return stage.Contexts(h, h, expected, torch.zeros(n, dtype=int), torch.ones(n))
 
     fit, check = contexts(40, 2), contexts(300, 5)
@@ -178,10 +178,13 @@ def test_a_bias_of_the_unembedding_is_part_of_the_distributions(trained):
     assert kl[0] == pytest.approx(kl[1], rel=1e-4) and kl[0] < 0.9 * kl[2] and found.M.shape[1] == 1
 
 
-def test_where_logits_are_more_than_products_it_is_refused(trained):
+def test_where_the_base_s_logits_are_more_than_products_it_is_refused_and_the_goal_s_may_be(trained):
     capped = copy.deepcopy(tiny("llama"))
     capped.lm_head.register_forward_hook(lambda _, __, out: 2 * torch.tanh(out))
-    roles = of_model("llama", tiny("llama")), of_model("capped", capped)
-    for pair in (roles, roles[::-1]):
-        with pytest.raises(steering.NoBias, match="more than W h"):
-            shifts(*pair, SOME, SOME, (torch.ones(5), torch.ones(5)), 0)
+    base, goal = of_model("llama", tiny("llama")), of_model("capped", capped)
+    sides = (torch.ones(5), torch.ones(5))
+    with pytest.raises(steering.NoBias, match="more than W h"):
+        shifts(goal, base, SOME, SOME, sides, 0)
+    z, nothing = of_kind(shifts(base, goal, SOME, SOME, sides, 0), TOKEN)(torch.eye(1)), torch.zeros(1, WIDTH)
+    kl = tilted_divergences(base, goal, SOME, torch.cat([nothing, z])).groupby("arm")["kl"].sum()
+    assert kl[1] < 0.95 * kl[0]
