@@ -52,11 +52,12 @@ def test_it_is_the_adapter_whose_b_was_multiplied(partner, scale):
 
 
 def test_its_scaling_is_restored_after_an_exception(partner):
-    before, whole = scaling(partner), logits(partner)
+    before, whole, hooks = scaling(partner), logits(partner), hook_count(partner)
     with pytest.raises(KeyError), adapters.scaled(partner, 0.25):
         assert scaling(partner) == [{"default": layer["default"] / 4} for layer in before]
         raise KeyError("something else")
-    assert scaling(partner) == before and torch.equal(logits(partner), whole) and not hook_count(partner)
+    assert scaling(partner) == before and torch.equal(logits(partner), whole)
+    assert hook_count(partner) == hooks  # transformers leaves some of its own where it was asked for hidden states
 
 
 def test_the_base_of_a_scaled_adapter_is_the_base(base, partner):
