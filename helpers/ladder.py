@@ -2,9 +2,8 @@
 
 A rung is the base with something added, or the partner with something taken away: where it stands is the share of
 KL(partner || base) that it removes, and of the behaviour that it recovers. Rungs are of several kinds, and not each
-holds the one before it: shares do not add up to a whole. What is found by KL is found on the
-partner's answers to held-in prompts, its penalties, doses and stops on those to validation prompts, and told on
-held-out ones.
+holds the one before it: shares do not add up to a whole. What is found by KL is found on the partner's answers to
+held-in prompts, its penalties, doses and stops on those to validation prompts, and told on held-out ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +37,7 @@ DOSES = tuple(np.round(np.arange(-1, 4.05, 0.1), 1).tolist())  # of v* at `final
 IN_BLOCKS = (-0.5, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # and in the blocks
 SHARES = (0.5, 0.75)  # of what the adapter adds
 CUT = (1, 2)  # ranks of the adapter
-TOKENS = (0, 1, 2, 4, 8, np.inf)  # where the tokens of an answer are parted, the first being 1
+PARTS = {"1": 1, "2": 2, "3, 4": 4, "5 to 8": 8, "9 on": np.inf}  # up to which token of an answer
 EVERY = 4  # of how many held-out prompts one is asked what is held true: there are many values
 
 
@@ -54,8 +53,8 @@ class Rung(NamedTuple):
 
 
 def rungs(s: Study) -> list[Rung]:
-    """All rungs that a partner has: without shifts at `final` where logits are more than W h, and
-    without an adapter's where the partner is a whole model."""
+    """All rungs that a partner has: without shifts at `final` where logits are more than W h, and without an adapter's
+    where the partner is a whole model."""
     base, v = s.lm.role("base"), s.direction()
     nothing, dose = torch.zeros_like(v)[None], best_dose(s)
     found = [
@@ -325,8 +324,8 @@ def _own(s: Study) -> dict[str, Tensor]:
 
 def rank_by_token(found: pd.DataFrame) -> pd.DataFrame:
     """The share of KL that each prompt's own displacement removes, cut to a rank (rows) and at the tokens of an answer
-    that TOKENS parts (columns). found: `by_token`'s table."""
-    part = pd.cut(found["token"] + 1, TOKENS, labels=["1", "2", "3, 4", "5 to 8", "9 on"])
+    of PARTS (columns). found: `by_token`'s table."""
+    part = pd.cut(found["token"] + 1, [0, *PARTS.values()], labels=list(PARTS))
     left = found.groupby(["arm", part], observed=True)["kl"].mean().unstack()
     own = [arm for arm in found["arm"].unique() if arm.startswith("own")]
     return 1 - left.loc[own] / left.loc["nothing"]
