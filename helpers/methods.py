@@ -167,5 +167,5 @@ class Ways:
 def _answers(s: Study, role: Role) -> pd.DataFrame:
     """A model's answers to a study's held-out prompts, judged."""
     prompts, sizes = s.prompts("heldout"), s.profile.sizes
-    said = sampled(role, prompts, sizes.new_tokens, s.profile.seed, sizes.draws)
+    said = sampled(role, prompts, sizes.new_tokens, s.profile.seed, sizes.draws, temperature=sizes.temperature)
     return verdicts(s.task, s.pairs["heldout"], prompts, said, sizes.new_tokens, s.lm.role("base"))

@@ -138,7 +138,7 @@ class Steered(Subject):
         """
         sizes, seed = self.profile.sizes, self.profile.seed
         prompts, drawn = self.prompts(split), (sizes.new_tokens, seed, draws or sizes.draws)
-        return self._judged(split, under_arms(self.lm.role(role), prompts, *drawn, site, deltas, span))
+        return self._judged(split, under_arms(self.lm.role(role), prompts, *drawn, site, deltas, span, sizes.temperature))
 
     def steered(self, role: str) -> pd.DataFrame:
         """Answers to the held-out prompts at dose 1 of v* at `final`: base + v*, or DPO - v*."""
@@ -161,7 +161,8 @@ class Steered(Subject):
         return decoding.texts(tokenizer, self._sampled("base", asked, 1).first())
 
     def _sampled(self, role: str, prompts: list[list[int]], draws: int) -> Answers:
-        return sampled(self.lm.role(role), prompts, self.profile.sizes.new_tokens, self.profile.seed, draws)
+        sizes, seed = self.profile.sizes, self.profile.seed
+        return sampled(self.lm.role(role), prompts, sizes.new_tokens, seed, draws, temperature=sizes.temperature)
 
     def _judged(self, split: str, answers: Answers) -> pd.DataFrame:
         base, most = self.lm.role("base"), self.profile.sizes.new_tokens

@@ -162,7 +162,7 @@ class Subject:
         base, sizes = self.lm.role("base"), self.profile.sizes
         return examined.examined(
             self.task, self.pairs["validation"], self.prompts("validation"), self.answers("base", "validation"),
-            self.lm.both_with(files), base, sizes.new_tokens, self.profile.seed, sizes.draws,
+            self.lm.both_with(files), base, sizes.new_tokens, self.profile.seed, sizes.draws, sizes.temperature,
         )  # fmt: skip
 
     @property

@@ -31,7 +31,9 @@ def best_and_worst(
         ids = [encoding.encode(tokenizer, prompt).prompt for prompt in repeated]
         progress = f"answers to choose from, {split}"
         split_seed = seed + 1 + SPLITS.index(split)
-        (answers,) = decoding.sample(model, tokenizer, ids, sizes.new_tokens, split_seed, progress=progress)
+        (answers,) = decoding.sample(
+            model, tokenizer, ids, sizes.new_tokens, split_seed, progress=progress, temperature=sizes.temperature
+        )
         texts = decoding.texts(tokenizer, answers)
         rated = list(zip(rates(repeated, texts), texts, map(Tokens, ids, answers)))
         unjudged += sum(np.isnan(rate) for rate, text, _ in rated if text)

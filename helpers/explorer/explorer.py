@@ -160,13 +160,16 @@ class Explorer:
 
     def _told(self, role: str, prompt: list[int], delta: Tensor, setting: Setting) -> tuple[Told, Told]:
         """What a model says without and with `delta`, one after the other."""
-        tokenizer, size = self.study.lm.tokenizer, self.study.profile.sizes.new_tokens
+        tokenizer, sizes = self.study.lm.tokenizer, self.study.profile.sizes
         threads = parallel.one_thread() if architecture.is_small(self.study.lm.both.base) else nullcontext()
         with threads, self.study.lm.playing(role) as model:
             deltas = torch.stack([torch.zeros_like(delta), delta])
-            drawn = decoding.sample(model, tokenizer, [prompt], size, setting.seed, setting.site, deltas)
+            drawn = decoding.sample(
+                model, tokenizer, [prompt], sizes.new_tokens, setting.seed, setting.site, deltas,
+                temperature=sizes.temperature,
+            )  # fmt: skip
             ids = [answers[0] for answers in drawn]
-            ended = next(with_ends([prompt] * len(ids), ids, encoding.ends(tokenizer), size))
+            ended = next(with_ends([prompt] * len(ids), ids, encoding.ends(tokenizer), sizes.new_tokens))
             plain, plain_state = _read(model, ended)
             with steering.added(model, setting.site, delta, start=len(prompt) - 1):
                 steered, steered_state = _read(model, ended)

@@ -31,14 +31,15 @@ SPANS = ("response", "prompt", "all")
 
 
 class GumbelNoise:
-    """Gumbel noise for the logits of some prompts' answers: with it, the greedy choice is a sample at temperature 1."""
+    """Gumbel noise for the logits of some prompts' answers: with it, the greedy choice is a sample at a temperature."""
 
-    def __init__(self, prompts: Iterable[int], seed: int, draws: int = 1):
+    def __init__(self, prompts: Iterable[int], seed: int, draws: int = 1, temperature: float = 1.0):
         self.draws = draws
+        self.temperature = temperature
         self.generators = {i: torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts}
 
     def added(self, logits: Tensor, prompts: Tensor, draws: Tensor | int = 0) -> Tensor:
-        """Logits, (rows, vocabulary), with the noise of each row's prompt and draw, (rows,), at its next step.
+        """Logits, (rows, vocabulary), over the temperature, with the noise of each row's prompt and draw, (rows,), at its next step.
 
         Rows of one prompt and draw share their noise, which is the same whichever other rows there are.
         """
@@ -46,7 +47,7 @@ class GumbelNoise:
         shape = (self.draws, logits.shape[1])
         uniform = torch.stack([torch.rand(shape, generator=self.generators[i]) for i in present.tolist()])
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-10, 1 - 1e-7)))
-        return logits.float() + gumbel[row, draws].to(logits.device)
+        return logits.float() / self.temperature + gumbel[row, draws].to(logits.device)
 
 
 def sample(
@@ -60,11 +61,12 @@ def sample(
     span: str = "response",
     progress: str | None = None,
     draws: int = 1,
+    temperature: float = 1.0,
 ) -> list[list[list[int]]]:
     """Answer every prompt `draws` times per arm: [arm * draws + draw][prompt] -> token ids, up to and without what ends
     an answer (`encoding.ends`).
 
-    seed: None decodes greedily, which is worth one draw. deltas: what each arm adds at `site`, (arms, d), or its own
+    seed: None decodes greedily, which is worth one draw at any temperature. deltas: what each arm adds at `site`, (arms, d), or its own
     for every prompt and, at `final`, every token (`steering.by_prompt`); None is one arm that adds nothing. span:
     "response" steers every position that predicts a token of the response, so from the prompt's last token on;
     "prompt" the prompt's own positions alone, the last among them; "all" both. Where memory does not suffice, batches
@@ -81,7 +83,8 @@ def sample(
 
     def compute(chunk: list[int]) -> tuple[list[int], list[list[int]]]:
         chosen = [order[i] for i in chunk]
-        return chosen, _decode(model, tokenizer, prompts, chosen, arms, draws, new_tokens, seed, site, deltas, span)
+        noise = None if seed is None else GumbelNoise(chosen, seed, draws, temperature)
+        return chosen, _decode(model, tokenizer, prompts, chosen, arms, draws, new_tokens, noise, site, deltas, span)
 
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
         for chunk, decoded in batches.shrinking([1] * len(order), step, compute):
@@ -109,14 +112,13 @@ def _checked(model: nn.Module, site: str | None, deltas: Tensor | None, span: st
 
 
 @torch.no_grad()
-def _decode(model, tokenizer, prompts, chunk, arms, draws, new_tokens, seed, site, deltas, span) -> list[list[int]]:
+def _decode(model, tokenizer, prompts, chunk, arms, draws, new_tokens, noise, site, deltas, span) -> list[list[int]]:
     """The answers to a chunk of prompts: a prompt's arms one after the other, and an arm's draws."""
     ends = torch.tensor(encoding.ends(tokenizer), dtype=torch.long)
     branches = _Branches(model, *_left_padded([prompts[i] for i in chunk], tokenizer.pad_token_id, model.device))
     rows = _rows(chunk, arms, draws)
     if deltas is not None:
         deltas = deltas[:, chunk].transpose(0, 1).flatten(0, 1).to(model.device)  # (prompts * arms, tokens, d)
-    noise = None if seed is None else GumbelNoise(chunk, seed, draws)
     width = branches.length
     first, stop = {"response": (width - 1, None), "prompt": (0, width), "all": (0, None)}[span]
     if _leaves_states(site) or span == "response":

@@ -25,6 +25,7 @@ CRITERIA = {
 def examined(
     task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], base_answers: pd.DataFrame,
     both: Both, base: Role, new_tokens: int, seed: int, draws: int,
+    temperature: float,
 ) -> tuple[dict[str, float], pd.DataFrame]:  # fmt: skip
     """What the health criteria and the choice between recipes are about, and a partner's judged answers."""
     models = cache(both.load)
@@ -32,7 +33,7 @@ def examined(
         Role(name, key, lambda name=name: models().playing(name), lambda: models().tokenizer)
         for name, key in (("dpo", both.key), ("base", base.key))
     )
-    said = sampled(partner, prompts, new_tokens, seed, draws)
+    said = sampled(partner, prompts, new_tokens, seed, draws, temperature=temperature)
     answers = verdicts(task, pairs, prompts, said, new_tokens, alone)
     measured = {"preferred": float(answers["preferred"].mean())}
     if "fact" in answers:

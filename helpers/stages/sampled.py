@@ -28,10 +28,10 @@ class Answers(NamedTuple):
 @stage(unkeyed=["progress"])
 def _sampled(
     role: Role, prompts: Sequence[list[int]], new_tokens: int, seed: int | None, draws: int, site: str | None,
-    deltas: Tensor | None, span: str, progress: str,
+    deltas: Tensor | None, span: str, temperature: float, progress: str,
 ) -> tuple[list, list]:  # fmt: skip
     with role.opened() as model:
-        rows = decoding.sample(model, role.tokenizer(), prompts, new_tokens, seed, site, deltas, span, progress, draws)
+        rows = decoding.sample(model, role.tokenizer(), prompts, new_tokens, seed, site, deltas, span, progress, draws, temperature)
     places: dict[tuple, int] = {}
     said = [[places.setdefault(tuple(ids), len(places)) for ids in row] for row in rows]
     return list(map(list, places)), [said[i : i + draws] for i in range(0, len(said), draws)]
@@ -39,26 +39,26 @@ def _sampled(
 
 def sampled(
     role: Role, prompts: Sequence[list[int]], new_tokens: int, seed: int | None, draws: int = 1,
-    site: str | None = None, deltas: Tensor | None = None, span: str = "response",
+    site: str | None = None, deltas: Tensor | None = None, span: str = "response", temperature: float = 1.0,
 ) -> Answers:  # fmt: skip
     """Answers to prompts. Arguments as of `decoding.sample`."""
     progress = f"answers, {role.name}" + ("" if deltas is None else f" + {len(deltas)} doses at {site}")
-    return Answers(*_sampled(role, prompts, new_tokens, seed, draws, site, deltas, span, progress))
+    return Answers(*_sampled(role, prompts, new_tokens, seed, draws, site, deltas, span, temperature, progress))
 
 
 def under_arms(
     role: Role, prompts: Sequence[list[int]], new_tokens: int, seed: int, draws: int, site: str, deltas: Tensor,
-    span: str,
+    span: str, temperature: float = 1.0,
 ) -> Answers:  # fmt: skip
     """`sampled` with each of `deltas` added at a site. Arms that add nothing are the unsteered answers, which are not
     decoded again."""
     moved = deltas.flatten(1).any(dim=1).tolist()
     if all(moved):
-        return sampled(role, prompts, new_tokens, seed, draws, site, deltas, span)
-    unsteered = sampled(role, prompts, new_tokens, seed, draws)
+        return sampled(role, prompts, new_tokens, seed, draws, site, deltas, span, temperature)
+    unsteered = sampled(role, prompts, new_tokens, seed, draws, temperature=temperature)
     if not any(moved):
         return Answers(unsteered.distinct, unsteered.said * len(moved))
-    steered = sampled(role, prompts, new_tokens, seed, draws, site, deltas[moved], span)
+    steered = sampled(role, prompts, new_tokens, seed, draws, site, deltas[moved], span, temperature)
     arms = iter((np.array(steered.said) + len(unsteered.distinct)).tolist())
     return Answers(
         unsteered.distinct + steered.distinct, [next(arms) if moves else unsteered.said[0] for moves in moved]
