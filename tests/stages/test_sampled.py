@@ -20,7 +20,7 @@ def decoded(monkeypatch):
     """The deltas of each call of `decoding.sample`, which answers by what an arm adds."""
     calls = []
 
-    def sample(model, tokenizer, prompts, new_tokens, seed, site, deltas, span, progress, draws):
+    def sample(model, tokenizer, prompts, new_tokens, seed, site, deltas, span, progress, draws, temperature):
         calls.append(deltas)
         arms = [0] if deltas is None else [int(2 * delta.sum()) for delta in deltas]
         return [[[arm, len(prompt), draw % 2] for prompt in prompts] for arm in arms for draw in range(draws)]
