@@ -27,15 +27,15 @@ def best_and_worst(
     """
     pairs, unjudged, k = {}, 0, sizes.samples_per_prompt
     for split, prompts in asked.items():
+        ids = [encoding.encode(tokenizer, prompt).prompt for prompt in prompts]
+        draws = decoding.sample(
+            model, tokenizer, ids, sizes.new_tokens, seed + 1 + SPLITS.index(split), draws=k,
+            temperature=sizes.temperature, progress=f"answers to choose from, {split}",
+        )  # fmt: skip
+        tokens = [Tokens(prompt, said[i]) for i, prompt in enumerate(ids) for said in draws]
+        texts = decoding.texts(tokenizer, [one.response for one in tokens])
         repeated = [prompt for prompt in prompts for _ in range(k)]
-        ids = [encoding.encode(tokenizer, prompt).prompt for prompt in repeated]
-        progress = f"answers to choose from, {split}"
-        split_seed = seed + 1 + SPLITS.index(split)
-        (answers,) = decoding.sample(
-            model, tokenizer, ids, sizes.new_tokens, split_seed, progress=progress, temperature=sizes.temperature
-        )
-        texts = decoding.texts(tokenizer, answers)
-        rated = list(zip(rates(repeated, texts), texts, map(Tokens, ids, answers)))
+        rated = list(zip(rates(repeated, texts), texts, tokens))
         unjudged += sum(np.isnan(rate) for rate, text, _ in rated if text)
         found = [extremes(prompt, rated[i * k : (i + 1) * k]) for i, prompt in enumerate(prompts)]
         pairs[split] = [pair for pair in found if pair is not None]
