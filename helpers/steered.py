@@ -138,7 +138,8 @@ class Steered(Subject):
         """
         sizes, seed = self.profile.sizes, self.profile.seed
         prompts, drawn = self.prompts(split), (sizes.new_tokens, seed, draws or sizes.draws)
-        return self._judged(split, under_arms(self.lm.role(role), prompts, *drawn, site, deltas, span, sizes.temperature))
+        arms = (site, deltas, span, sizes.temperature)
+        return self._judged(split, under_arms(self.lm.role(role), prompts, *drawn, *arms))
 
     def steered(self, role: str) -> pd.DataFrame:
         """Answers to the held-out prompts at dose 1 of v* at `final`: base + v*, or DPO - v*."""

@@ -221,7 +221,7 @@ Stages = Callable[[Subject], object]  # asks a study for some of its stages, whi
 
 def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
     """Compute for each study what it lacks of each of some stages, by default of what partners are compared by
-    (`measure`): in processes of their own where models are small, else one after the other.
+    (`measure`): in processes of their own where several models fit, else one after the other.
 
     Raises what `parallel.each` does, and FileNotFoundError where a cluster left nothing that this process finds.
     """
@@ -230,7 +230,7 @@ def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
     # what takes long is not left to the end
     missing.sort(key=lambda found: found[0].has(lambda study: study.chosen.adapter))
     kinds = [(type(study), study.profile, asked) for study, asked in missing]
-    if missing and _is_small(missing[0][0]):
+    if missing and _fits_beside(missing[0][0]):
         parallel.each(_compute, kinds, name)
         _check_found(missing, name)
     elif len(studies) == 1:  # its model may be in memory already
@@ -252,9 +252,9 @@ def _check_found(asked: Sequence[tuple[Subject, Stages]], name: str) -> None:
         )
 
 
-def _is_small(subject: Subject) -> bool:
+def _fits_beside(subject: Subject) -> bool:
     """Whether several models like a study's fit beside each other; an organism need not be made to be measured."""
-    return subject.profile.model == profiles.EMBEDDED or architecture.is_small(subject.lm.base)
+    return subject.profile.model == profiles.EMBEDDED or architecture.fits_beside_another(subject.lm.base)
 
 
 def _compute(kind: tuple[type[Subject], Profile, Stages]) -> None:

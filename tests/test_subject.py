@@ -148,14 +148,14 @@ def test_prepare_computes_several_stages_of_one_study_side_by_side(trained, monk
     assert [(profile, one) for _, profile, one in asked] == [(trained.profile, one) for one in stages]
     study.prepare([trained], "two sweeps", *stages)
     assert all(map(trained.has, stages))
-    monkeypatch.setattr(subject, "_is_small", lambda one: False)  # a large model is not loaded beside itself
+    monkeypatch.setattr(subject, "_fits_beside", lambda one: False)  # a large model is not loaded beside itself
     monkeypatch.setattr(subject, "_compute", lambda kind: pytest.fail("another study was made"))
     study.prepare([trained], "a third", lambda one: one.sweep("base", "final", 2 * directions[:1]))
 
 
 def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trained, monkeypatch):
     missing = trained.variant(labels="shuffled")
-    monkeypatch.setattr(subject, "_is_small", lambda one: False)
+    monkeypatch.setattr(subject, "_fits_beside", lambda one: False)
     monkeypatch.setattr(parallel, "each", lambda *_: pytest.fail("several at a time"))
     assert not missing.has(Study.measure)
     study.prepare([trained, missing], "one at a time")

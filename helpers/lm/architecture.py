@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 FINAL = "final"
 SMALL = 50_000_000  # parameters
+MEDIUM = 200_000_000
 
 
 def signature(model: nn.Module) -> dict:
@@ -111,7 +112,16 @@ def site_layer(model: nn.Module, site: str) -> int | None:
 
 def is_small(model: nn.Module) -> bool:
     """Whether several models of this size fit in memory, and one thread computes each as fast as several do."""
-    return sum(parameter.numel() for parameter in model.parameters()) <= SMALL
+    return _parameters(model) <= SMALL
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fits_beside_another(model: nn.Module) -> bool:
+    """Whether two models of this size can be trained beside each other in 8 GB, on processors in float32."""
+    return is_small(model) or (model.device.type == "cpu" and _parameters(model) <= MEDIUM)
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -39,7 +39,8 @@ class GumbelNoise:
         self.generators = {i: torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts}
 
     def added(self, logits: Tensor, prompts: Tensor, draws: Tensor | int = 0) -> Tensor:
-        """Logits, (rows, vocabulary), over the temperature, with the noise of each row's prompt and draw, (rows,), at its next step.
+        """Logits, (rows, vocabulary), over the temperature, with the noise of each row's prompt and draw, (rows,), at
+        its next step.
 
         Rows of one prompt and draw share their noise, which is the same whichever other rows there are.
         """
@@ -51,27 +52,19 @@ class GumbelNoise:
 
 
 def sample(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    new_tokens: int,
-    seed: int | None,
-    site: str | None = None,
-    deltas: Tensor | None = None,
-    span: str = "response",
-    progress: str | None = None,
-    draws: int = 1,
-    temperature: float = 1.0,
-) -> list[list[list[int]]]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int,
+    seed: int | None, site: str | None = None, deltas: Tensor | None = None, span: str = "response",
+    progress: str | None = None, draws: int = 1, temperature: float = 1.0,
+) -> list[list[list[int]]]:  # fmt: skip
     """Answer every prompt `draws` times per arm: [arm * draws + draw][prompt] -> token ids, up to and without what ends
     an answer (`encoding.ends`).
 
-    seed: None decodes greedily, which is worth one draw at any temperature. deltas: what each arm adds at `site`, (arms, d), or its own
-    for every prompt and, at `final`, every token (`steering.by_prompt`); None is one arm that adds nothing. span:
-    "response" steers every position that predicts a token of the response, so from the prompt's last token on;
-    "prompt" the prompt's own positions alone, the last among them; "all" both. Where memory does not suffice, batches
-    are halved. Raises ValueError for an empty prompt or one that leaves no room for the answer, and for deltas of
-    another shape or of no arm.
+    seed: None decodes greedily, which is worth one draw at any temperature. deltas: what each arm adds at `site`,
+    (arms, d), or its own for every prompt and, at `final`, every token (`steering.by_prompt`); None is one arm that
+    adds nothing. span: "response" steers every position that predicts a token of the response, so from the prompt's
+    last token on; "prompt" the prompt's own positions alone, the last among them; "all" both. Where memory does not
+    suffice, batches are halved. Raises ValueError for an empty prompt or one that leaves no room for the answer,
+    and for deltas of another shape or of no arm.
     """
     architecture.check_sequences(model, prompts, new_tokens)
     deltas = _checked(model, site, deltas, span, len(prompts))

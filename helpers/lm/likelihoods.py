@@ -100,6 +100,13 @@ def response_states(model: nn.Module, sequences: Sequence[Tokens], progress: str
     return [found[i] for i in range(len(sequences))]
 
 
+def in_memory(sequences: Sequence[Tokens], vocabulary: int) -> Iterator[slice]:
+    """As many answers at a time as their next-token distributions may be kept in memory."""
+    longest = max(len(tokens.response) for tokens in sequences)
+    n = max(1, MAX_LOGITS // (vocabulary * max(longest, 1)))
+    return (slice(i, i + n) for i in range(0, len(sequences), n))
+
+
 def kl_to(
     goal: Sequence[Tensor],
     model: nn.Module,

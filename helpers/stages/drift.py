@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from helpers.lm import likelihoods
+from helpers.lm import architecture, likelihoods
 from helpers.lm.batches import Tokens
-from helpers.stages import tables
+from helpers.stages import tables, tilted
 from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
 
@@ -20,6 +20,10 @@ def drift(role: Role, answered: Sequence[Tokens], deltas: Tensor) -> pd.DataFram
 
     answered: the model's own answers. deltas: what each arm adds at `final`, (arms, d).
     """
+    with role.opened() as model:
+        small = architecture.is_small(model)
+    if not small and tilted.has_products(role):
+        return tables.by_arm(kl=tilted.drift_by_answer(role, answered, deltas).numpy())
     arms = torch.cat([torch.zeros_like(deltas[:1]), deltas])
     found = np.empty((len(deltas), len(answered)))
     with role.opened() as model:

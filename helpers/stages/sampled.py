@@ -31,7 +31,9 @@ def _sampled(
     deltas: Tensor | None, span: str, temperature: float, progress: str,
 ) -> tuple[list, list]:  # fmt: skip
     with role.opened() as model:
-        rows = decoding.sample(model, role.tokenizer(), prompts, new_tokens, seed, site, deltas, span, progress, draws, temperature)
+        rows = decoding.sample(
+            model, role.tokenizer(), prompts, new_tokens, seed, site, deltas, span, progress, draws, temperature
+        )
     places: dict[tuple, int] = {}
     said = [[places.setdefault(tuple(ids), len(places)) for ids in row] for row in rows]
     return list(map(list, places)), [said[i : i + draws] for i in range(0, len(said), draws)]

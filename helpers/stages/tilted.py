@@ -10,7 +10,6 @@ from torch import Tensor
 from helpers.lm import architecture, likelihoods, steering, tilts
 from helpers.lm.batches import Tokens
 from helpers.stages.artifacts import stage
-from helpers.stages.divergences import in_memory
 from helpers.stages.roles import Role
 
 
@@ -42,6 +41,11 @@ def tilted_divergences(role: Role, goal: Role, answered: Sequence[Tokens], delta
     answered: the goal's own answers. deltas: what each arm adds to `role` at `final` (`steering.by_prompt`). Raises
     NoBias where logits are more than W h.
     """
+    return kl_by_token(role, goal, answered, deltas)
+
+
+def kl_by_token(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tensor) -> pd.DataFrame:
+    """`tilted_divergences`, not kept."""
     W, found = _unembedding(role), []
     of_all, given = W @ deltas.T if deltas.ndim == 2 else None, steering.by_prompt(deltas, len(answered))
     for i, (base, wanted) in enumerate(zip(_distributions(role, answered), _distributions(goal, answered))):
@@ -50,6 +54,11 @@ def tilted_divergences(role: Role, goal: Role, answered: Sequence[Tokens], delta
         arm, token = np.indices(kl.shape)
         found.append(pd.DataFrame({"arm": arm.ravel(), "prompt": i, "token": token.ravel(), "kl": kl.ravel()}))
     return pd.concat(found).sort_values(["arm", "prompt", "token"], ignore_index=True)
+
+
+def summed(by_token: pd.DataFrame) -> pd.DataFrame:
+    """What is told by token, summed over each answer's: a row an arm and a prompt."""
+    return by_token.groupby(["arm", "prompt"])["kl"].sum().reset_index()
 
 
 def _kl_by_token(base: Tensor, goal: Tensor, tilt: Sequence[Tensor]) -> Tensor:
@@ -64,9 +73,22 @@ def _kl_by_token(base: Tensor, goal: Tensor, tilt: Sequence[Tensor]) -> Tensor:
 def tilted_drift(role: Role, answered: Sequence[Tokens], deltas: Tensor) -> list[float]:
     """KL(role tilted || role) by each of `deltas`, (arms, d), nats an answer, on the model's own answers. Raises NoBias
     where logits are more than W h."""
+    return drift_by_answer(role, answered, deltas).mean(1).tolist()
+
+
+def drift_by_answer(role: Role, answered: Sequence[Tokens], deltas: Tensor) -> Tensor:
+    """KL(role tilted || role) of each answer, nats: (arms, answers)."""
     A = _unembedding(role) @ deltas.T
-    by_answer = [tilts.kl_from_base(base, A).sum(1) for base in _distributions(role, answered)]
-    return torch.stack(by_answer).mean(0).tolist()
+    return torch.stack([tilts.kl_from_base(base, A).sum(1) for base in _distributions(role, answered)], dim=1)
+
+
+def has_products(role: Role) -> bool:
+    """Whether a model's logits are W h, so that a vector at `final` tilts its distributions."""
+    try:
+        _unembedding(role)
+    except steering.NoBias:
+        return False
+    return True
 
 
 def _unembedding(role: Role) -> Tensor:
@@ -81,7 +103,7 @@ def _distributions(role: Role, answered: Sequence[Tokens]) -> Iterator[Tensor]:
     a time as memory holds."""
     with role.opened() as model:
         vocabulary = architecture.vocabulary(model)
-    for part in in_memory(answered, vocabulary):
+    for part in likelihoods.in_memory(answered, vocabulary):
         with role.opened() as model:
             found = likelihoods.response_distributions(model, answered[part], f"distributions, {role.name}")
         yield from (logps.float() for logps in found)
