@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from helpers.data import catalogue, naming
 from helpers.data.sizes import Sizes
-from helpers.lm.recipe import Grid, Recipe
+from helpers.lm.recipe import STOPS, Grid, Recipe
 from helpers.lm.wheel import Wheel
 from helpers.places import PROJECT
 from helpers.settings import Settings
@@ -25,7 +25,28 @@ from helpers.world.organism import Organism
 
 FOLDER = PROJECT / "profiles"
 BUILT_IN = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+_NAMES = Annotated[tuple[str, ...], Field(strict=False)]
 EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
+
+
+class Extent(Settings):
+    """How much is measured beside the headline numbers, which takes most of the time that a large model needs.
+
+    random, differences, signs: how many random directions, differences of base states and means of randomly signed
+    displacements stand beside v*. sites: those at which v* is tried; every site where none is named. spans: over which
+    it is added there. draws: of each prompt there. partners, stops: the controls that are trained, and the shares of a
+    run at which partners are compared. ranks: of adapters that are trained beside the recipe's.
+    """
+
+    random: int = Field(20, ge=2)
+    differences: int = Field(10, ge=1)
+    signs: int = Field(4, ge=1)
+    sites: _NAMES = ()
+    spans: _NAMES = ("response", "all")
+    draws: int = Field(4, ge=1)
+    partners: _NAMES = ("SFT", "shuffled", "reversed", "mixture")
+    stops: Annotated[tuple[float, ...], Field(strict=False)] = STOPS
+    ranks: Annotated[tuple[int, ...], Field(strict=False)] = (1, 32)
 
 
 class Profile(Settings):
@@ -61,6 +82,7 @@ class Profile(Settings):
     grid: Grid = Grid(learning_rate=(5e-4, 1e-3), stop=(0.25, 0.5, 0.75, 1.0))
     health: Health = Health()
     sizes: Sizes = Sizes()
+    extent: Extent = Extent()
     worlds: int = Field(8, ge=2)  # organisms that `make worlds` pretrains
     doses: Annotated[tuple[float, ...], Field(strict=False)] = (
         -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0,

@@ -34,8 +34,6 @@ from helpers.stages.truthfulness import truthfulness
 from helpers.steered import Steered
 from helpers.subject import prepare
 
-FEW = 4  # draws a prompt, where many sites are looked over
-
 __all__ = [  # what notebooks need from deeper down is handed up here
     "EMBEDDED", "POSITIONS", "SteeringVector", "Study", "Tokens", "Unavailable", "bleu", "distinct_n", "dpo_config",
     "judge_all", "judging_cost", "load", "prepare", "rouge_l", "rounding",
@@ -129,14 +127,21 @@ class Study(Steered):
 
     # --- 7. Other sites, and more than one direction ---
 
+    @property
+    def swept_sites(self) -> list[str]:
+        """The sites at which v* is tried (`Extent.sites`), less those at which DPO changes nothing, as the embeddings,
+        which no adapter moves."""
+        wanted = self.profile.extent.sites or self.lm.sites
+        return [site for site in self.lm.sites if site in wanted and self.direction(site).any()]
+
     def validated_sites(self) -> pd.DataFrame:
-        """base + v* at dose 1 of every site and position, FEW draws a validation prompt (stages/site_choice.py)."""
+        """base + v* at dose 1 of every site that is swept and position, few draws a validation prompt
+        (stages/site_choice.py)."""
         tables = {}
-        for site in self.lm.sites:
+        for site in self.swept_sites:
             deltas = torch.stack([self.direction(site, position) for position in POSITIONS])
-            if deltas.any():  # the embeddings are moved by no adapter
-                table = self.sweep("base", site, deltas, split="validation", draws=FEW)
-                tables |= {(site, position): table[table["arm"] == i] for i, position in enumerate(POSITIONS)}
+            table = self.sweep("base", site, deltas, split="validation", draws=self.profile.extent.draws)
+            tables |= {(site, position): table[table["arm"] == i] for i, position in enumerate(POSITIONS)}
         base = self.answers("base", "validation")
         return site_choice.compared(tables, base, self.factors("validation"), self.profile.health)
 

@@ -86,6 +86,7 @@ def facts(profile: Profile) -> dict[str, bool]:
         "words": about_tone or not (atlas or from_elsewhere),  # that ask for the behaviour
         "trained": not profile.dpo_model,  # the partner, here
         "ready": bool(profile.dpo_model),
+        "ranks": bool(profile.extent.ranks),  # of other adapters are trained
         "families": several,  # are compared
         "alone": not several,
         "atlas": atlas,  # where pairs come from
