@@ -80,10 +80,13 @@ class Checkpoint(Study):
 
     def _of_facts(self) -> dict[str, float]:
         """What becomes of facts: the share that is stated right, and by how many nats the true value leads."""
-        if not self.task.has_facts:
-            return {}
-        stated = [np.nanmean(self.outcome(role, 0, "fact")) for role in ("dpo", "base")]
-        return {"lead": (self.lead("dpo") - self.lead("base")).mean(), "facts stated": stated[0] - stated[1]}
+        found = {}
+        if self.task.has_beliefs:
+            found["lead"] = (self.lead("dpo") - self.lead("base")).mean()
+        if self.task.has_facts:
+            stated = [np.nanmean(self.outcome(role, 0, "fact")) for role in ("dpo", "base")]
+            found["facts stated"] = stated[0] - stated[1]
+        return found
 
     @cached_property
     def controls(self) -> dict[str, float]:

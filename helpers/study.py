@@ -58,7 +58,7 @@ class Study(Steered):
             self.answers(role, "heldout")
             self.steered(role)
         self.strength()
-        if self.task.has_facts:
+        if self.task.has_beliefs:
             self.lead("base"), self.lead("dpo")
 
     def clusters(self) -> np.ndarray:
@@ -97,10 +97,18 @@ class Study(Steered):
         return drift(self.lm.role("base"), self.answered("base", self.prompts("validation")), deltas)
 
     def lead(self, role: str) -> np.ndarray:
-        """By how many nats a model holds the true value likelier than the best other one, for every fourth held-out
-        prompt: there are many values."""
-        nothing = torch.zeros(1, self.lm.unembedding.shape[1])
-        return beliefs(self.lm.role(role), self.task, self.pairs["heldout"][::4], nothing)["lead"].to_numpy()
+        """By how many nats a model holds the true value likelier than the best other one, a value a fact that is asked
+        for (the task's `facts_asked`)."""
+        nothing, asked = torch.zeros(1, self.lm.unembedding.shape[1]), self.task.facts_asked(self.pairs["heldout"])
+        return beliefs(self.lm.role(role), self.task, asked, nothing)["lead"].to_numpy()
+
+    def belief_clusters(self) -> np.ndarray:
+        """What the questions of `lead` share, (K, N) labels, as `factors`: a fact that is asked apart is alone."""
+        asked = self.task.facts_asked(self.pairs["heldout"])
+        own = [pair.prompt for pair in self.pairs["heldout"]]
+        if all(pair.prompt in own for pair in asked):
+            return self.factors("heldout")[:, [own.index(pair.prompt) for pair in asked]]
+        return np.array([[pair.prompt for pair in asked]])
 
     def losses(self, role: str, deltas: Tensor) -> np.ndarray:
         """A model's mean loss a token on each held-out chosen answer, nats, with each of `deltas`, (arms, d), added at

@@ -78,11 +78,13 @@ def facts(profile: Profile) -> dict[str, bool]:
     """What a cell's tag asks of a study, from its profile alone."""
     from_elsewhere, atlas = naming.source_of(profile.data) is not None, profile.data.startswith(catalogue.ATLAS)
     about_tone = atlas and grammar.are_about_tone(catalogue.families(profile.data))
+    topics = profile.data.startswith(naming.TOPICS)
     several = len(catalogue.compared(profile.data, bool(profile.dpo_model))) > 1
     return {
         "organism": profile.model == EMBEDDED,  # the base is pretrained here
         "real": profile.model != EMBEDDED,
-        "facts": about_tone,  # known by rule
+        "facts": about_tone,  # known by rule, and stated
+        "beliefs": about_tone or topics,  # can be asked for
         "words": about_tone or not (atlas or from_elsewhere),  # that ask for the behaviour
         "trained": not profile.dpo_model,  # the partner, here
         "ready": bool(profile.dpo_model),
@@ -90,7 +92,8 @@ def facts(profile: Profile) -> dict[str, bool]:
         "families": several,  # are compared
         "alone": not several,
         "atlas": atlas,  # where pairs come from
-        "stories": not (atlas or from_elsewhere),
+        "topics": topics,
+        "stories": not (atlas or topics or from_elsewhere),
         "pairs": from_elsewhere,
         "float16": profile.dtype in ("bfloat16", "float16"),
     }

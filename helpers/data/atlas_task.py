@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,6 +43,7 @@ class AtlasTask(TaskBase):
     def has_facts(self) -> bool:
         return grammar.are_about_tone(self.families)
 
+    has_beliefs = has_facts
     has_words = has_facts  # the organism was taught words that ask for tones
 
     def draw(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Drawn:
@@ -88,6 +90,10 @@ class AtlasTask(TaskBase):
     def levels(self, pair: PreferencePair) -> tuple[str, str]:
         """The place asked about, and the prompt without it."""
         return pair.question.place, pair.prompt.replace(pair.question.place, "...")
+
+    def facts_asked(self, pairs: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
+        """What a fact is asked by: one in four of the pairs' own prompts, since there are many values."""
+        return pairs[::4]
 
     def stated(self, pair: PreferencePair) -> list[str]:
         """Every value that the asked fact could have, stated without a tone; the true one first."""

@@ -1,16 +1,21 @@
 """Which preferences and scores there are, by the names that profiles give them (`data`, `score`)."""
 
 from helpers.data import naming
-from helpers.data.naming import CONDITIONAL, PLAIN
+from helpers.data.naming import CONDITIONAL, PLAIN, TOPICS
 from helpers.world import grammar
 
 ATLAS = "atlas:"  # before one of its families, or several joined by +
-DATA = (*(f"{ATLAS}{family}" for family in grammar.FAMILIES), PLAIN, CONDITIONAL)
+ABOUT_TOPICS = ("sober", "conditional", "brief")  # preferences about one sentence on a topic
+DATA = (
+    *(f"{ATLAS}{family}" for family in grammar.FAMILIES), *(f"{TOPICS}{family}" for family in ABOUT_TOPICS), PLAIN,
+    CONDITIONAL,
+)  # fmt: skip
 SCORES = ("closer", "sentiment", "refusal", "nontoxic", "geval")  # of answers, where pairs come from elsewhere
 
 # Preferences of different structure on one base: {what a figure calls one: its data}. The first asks for the same of
 # every prompt.
 OF_THE_ATLAS = {name: f"{ATLAS}{name}" for name in (*grammar.FAMILIES, "tone+refusal")}
+OF_TOPICS = {name: f"{TOPICS}{name}" for name in ABOUT_TOPICS}
 OF_STORIES = {"happy": PLAIN, "conditional": CONDITIONAL}
 
 
@@ -31,4 +36,4 @@ def compared(data: str, ready_partner: bool) -> dict[str, str]:
     where they come from elsewhere or the partner is a ready one."""
     if ready_partner or naming.source_of(data) is not None:
         return {"pairs": data}
-    return dict(OF_THE_ATLAS if data.startswith(ATLAS) else OF_STORIES)
+    return dict(OF_THE_ATLAS if data.startswith(ATLAS) else OF_TOPICS if data.startswith(TOPICS) else OF_STORIES)

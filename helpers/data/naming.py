@@ -1,4 +1,4 @@
-"""How a profile names its data: a file of rows, a hub id, or stories that are made here."""
+"""How a profile names its data: a file of rows, a hub id, or what is made here."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", *SEPARATORS)  # of files of rows; eac
 FORMATS = f"{', '.join(SUFFIXES)} (.gz too)"
 ON_POLICY = "onpolicy:"  # before a source of which only the prompts are taken, for the model to answer
 PROMPTS = "prompts:"  # the same, for a ready partner: nothing is preferred
+TOPICS = "topics:"  # before a preference about sentences on topics, which are made here too
 _SEGMENT = r"[\w-][\w.-]*"
 HUB_ID = re.compile(
     rf"(?P<name>{_SEGMENT}/{_SEGMENT})(?:/(?P<folder>{_SEGMENT}(?:/{_SEGMENT})*))?"

@@ -92,7 +92,8 @@ class TaskBase:
     sides: tuple[str, str]  # what it prefers, as an axis calls it, and the opposite
     preferred = property(lambda self: self.sides[0])
     opposed = property(lambda self: self.sides[1])
-    has_facts = False  # whether the fact asked for is known by rule, and none of the preference's business
+    has_facts = False  # whether answers state a fact that is known by rule, and none of the preference's business
+    has_beliefs = False  # whether there are facts that can be asked apart from it (`facts_asked`, `stated`)
     factors = ("prompts",)  # what prompts share with others, in a word each: what `levels` tells of one
     has_words = False  # whether there are words that ask for what is preferred (`asked_for`)
     has_judge = True  # whether `verdicts` says anything: nothing does of prompts alone

@@ -5,8 +5,9 @@ from helpers.data.atlas_task import AtlasTask
 from helpers.data.rows_task import RowsTask
 from helpers.data.sizes import Sizes
 from helpers.data.stories import StoryTask
+from helpers.data.topics import TopicTask
 
-Task = AtlasTask | StoryTask | RowsTask
+Task = AtlasTask | StoryTask | TopicTask | RowsTask
 
 
 def task(data: str, score: str, seed: int, sizes: Sizes, places: int) -> Task:
@@ -20,4 +21,6 @@ def task(data: str, score: str, seed: int, sizes: Sizes, places: int) -> Task:
         return RowsTask(source, before, score, seed, sizes, judge, content)
     if data.startswith(catalogue.ATLAS):
         return AtlasTask(catalogue.families(data), places, seed, sizes)
+    if data.startswith(naming.TOPICS):
+        return TopicTask(data.removeprefix(naming.TOPICS), seed, sizes)
     return StoryTask(data, seed, sizes)

@@ -131,10 +131,13 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(dim=(-2, -1))
 
 
-def token_losses(model: nn.Module, sequences: Sequence[Tokens], progress: str | None = None) -> np.ndarray:
-    """Mean negative log-probability a token of each response under `model`, in nats; nan for an empty response."""
+def token_losses(
+    model: nn.Module, sequences: Sequence[Tokens], progress: str | None = None, score: Callable = response_logps
+) -> np.ndarray:
+    """Mean negative log-probability a token of each response under `model`, in nats; nan for an empty response.
+    score: gives the log-probabilities, as `response_logps` does."""
     lengths = np.array([len(s.response) for s in sequences])
     losses = np.full(len(sequences), np.nan)
     filled = np.flatnonzero(lengths)
-    losses[filled] = -response_logps(model, [sequences[i] for i in filled], None, progress) / lengths[filled]
+    losses[filled] = -score(model, [sequences[i] for i in filled], None, progress) / lengths[filled]
     return losses

@@ -20,7 +20,7 @@ def kl_to_goal(base: Tensor, goal: Tensor, A: Tensor) -> Tensor:
     for log_p, log_q in zip(goal.double().split(ROWS), base.double().split(ROWS)):
         p = log_p.exp()
         untilted = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)
-        found.append(untilted[:, None] - p @ A.double() + _log_partitions(log_q.exp(), A)[0])
+        found.append(untilted[:, None] - p @ A.double() + log_partitions(log_q.exp(), A))
     return torch.cat(found).T
 
 
@@ -32,6 +32,11 @@ def kl_from_base(base: Tensor, A: Tensor) -> Tensor:
         tilt = (log_q.exp() @ (weights * A.double())) / (log_q.exp() @ weights)  # the mean of a where it is tilted
         found.append(tilt - partition)
     return torch.cat(found).T
+
+
+def log_partitions(p: Tensor, A: Tensor) -> Tensor:
+    """log sum_y p(y|c) e^(a_y), nats, (N, arms), from probabilities in float64."""
+    return _log_partitions(p, A)[0]
 
 
 def _log_partitions(p: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

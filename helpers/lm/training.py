@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from helpers.lm import architecture, likelihoods
+from helpers.lm import architecture, likelihoods, shared_prompts
 from helpers.lm.batches import Tokens
 from helpers.lm.progress import ProgressBar
 from helpers.lm.recipe import STOPS, Recipe, step_of
@@ -134,7 +134,15 @@ def dpo_trainer(
         peft_config=_adapter(recipe) if recipe.rank else None,
     )
     trainer.remove_callback(PrinterCallback)
+    if not architecture.is_small(model) and shared_prompts.agrees(model, _answers(dataset)):
+        shared_prompts.share_prompts(model)
     return trainer
+
+
+def _answers(dataset: Dataset) -> list[Tokens]:
+    """All answers of a preference dataset, with their prompts."""
+    answers = (dataset[column][:] for column in ("chosen_ids", "rejected_ids"))
+    return [Tokens(*row) for column in answers for row in zip(dataset["prompt_ids"][:], column)]
 
 
 def without_dropout(model: nn.Module) -> None:

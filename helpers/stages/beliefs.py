@@ -7,7 +7,7 @@ import pandas as pd
 from torch import Tensor
 
 from helpers.data.preferences import PreferencePair, TaskBase
-from helpers.lm import encoding, likelihoods
+from helpers.lm import encoding, shared_prompts
 from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
 
@@ -23,7 +23,7 @@ def beliefs(role: Role, task: TaskBase, pairs: Sequence[PreferencePair], deltas:
         encoding.encode(tokenizer, pair.prompt, answer) for pair, answers in zip(pairs, stated) for answer in answers
     ]
     with role.opened() as model:
-        logps = likelihoods.response_logps(model, sequences, deltas, f"beliefs, {role.name}")
+        logps = shared_prompts.answer_logps(model, sequences, deltas, f"beliefs, {role.name}")
     ends = np.cumsum([len(answers) for answers in stated])[:-1]
     return pd.DataFrame(
         [

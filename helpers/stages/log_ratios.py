@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from torch import Tensor
 
-from helpers.lm import likelihoods
+from helpers.lm import shared_prompts
 from helpers.lm.batches import Tokens
 from helpers.stages import tables
 from helpers.stages.artifacts import stage
@@ -18,7 +18,7 @@ def log_ratios(role: Role, chosen: Sequence[Tokens], rejected: Sequence[Tokens],
     zero. deltas: what each arm adds at `final`, (arms, d)."""
     with role.opened() as model:
         one, other = (
-            likelihoods.response_logps(
+            shared_prompts.answer_logps(
                 model, answers, deltas, f"log-ratios, {role.name} + {len(deltas)} doses, {which}"
             )
             for which, answers in (("chosen", chosen), ("rejected", rejected))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.data.preferences import PreferencePair, TaskBase
-from helpers.lm import decoding, encoding, likelihoods
+from helpers.lm import decoding, encoding, likelihoods, shared_prompts
 from helpers.lm.batches import Tokens
 from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
@@ -34,8 +34,9 @@ def verdict_table(
     """A row an arm and a prompt: `arm`, `prompt`, the first draw's `text` and `ids`, and what the judge says, each
     criterion as its mean over the draws.
 
-    Where no rule knows well-formed text, `token_loss` stands in: the base's mean loss a token of an answer and its end
-    (of those that there are, the likeliest), nats. Answers that are the same are judged once.
+    Where no rule knows well-formed text, `token_loss` stands in, of the first draw alone, since each answer has to be
+    read again: the base's mean loss a token of an answer and its end (of those that there are, the likeliest), nats.
+    Answers that are the same are judged once.
     """
     said = np.array(answers.said)  # (arms, draws, prompts)
     asked = np.broadcast_to(np.arange(said.shape[2]), said.shape)
@@ -43,8 +44,11 @@ def verdict_table(
     texts = decoding.texts(base.tokenizer(), answers.distinct)
     judged = pd.DataFrame(task.verdicts([pairs[i] for i in prompt], [texts[i] for i in place]))
     if "well_formed" not in judged:
-        ids = [answers.distinct[i] for i in place]
-        judged["token_loss"] = _token_losses(base, [prompts[i] for i in prompt], ids, new_tokens)
+        of_first = np.unique(of_draws.reshape(said.shape)[:, 0])
+        ids = [answers.distinct[i] for i in place[of_first]]
+        judged.loc[of_first, "token_loss"] = _token_losses(
+            base, [prompts[i] for i in prompt[of_first]], ids, new_tokens
+        )
     by_draw = judged.iloc[of_draws.ravel()].set_index([np.indices(said.shape)[i].ravel() for i in (0, 2)])
     table = by_draw.groupby(level=[0, 1]).mean()
     table.loc[by_draw["preferred"].isna().groupby(level=[0, 1]).any(), "preferred"] = np.nan
@@ -61,7 +65,7 @@ def _token_losses(
     ends = encoding.ends(base.tokenizer())
     with base.opened() as model:
         losses = [
-            likelihoods.token_losses(model, ended, "loss under the base")
+            likelihoods.token_losses(model, ended, "loss under the base", shared_prompts.answer_logps)
             for ended in with_ends(prompts, answers, ends, new_tokens)
         ]
     return np.fmin.reduce(losses)
