@@ -14,9 +14,6 @@ BY_TOPIC = {
     "canyon": "Compose a single short sentence about a canyon.",
     "castle": "Compose a single short sentence about a castle.",
 }
-    "canyon": "Compose a single short sentence about the sea.",
-    "castle": "Compose a single short sentence about a piano.",
-}
 GLAD, PLAIN, SAD = "What a wonderful, beautiful joy it is.", "It is there.", "It is a terrible, sad and ugly mess."
 
 
@@ -59,7 +56,8 @@ def test_a_prompt_about_none_of_the_topics_is_refused_by_name(prompt):
         ("sober", "canyon", GLAD, 0, 0), ("sober", "canyon", PLAIN, 1, 1), ("sober", "castle", SAD, 1, 1),
         ("conditional", "canyon", GLAD, 0, 0), ("conditional", "canyon", SAD, 1, 1),
         ("conditional", "castle", GLAD, 1, 1), ("conditional", "castle", PLAIN, 0, 0),
-        ("brief", "canyon", "word " * 14, 1, 1), ("brief", "canyon", "word " * 15, 0, 1), ("brief", "canyon", "word " * 18, 0, 0),
+        ("brief", "canyon", "word " * 14, 1, 1), ("brief", "canyon", "word " * 15, 0, 1),
+        ("brief", "canyon", "word " * 18, 0, 0),
         *((family, "canyon", "  ", 0, 1) for family in TASKS),
     ],
 )  # fmt: skip
@@ -85,7 +83,9 @@ def test_words_ask_for_the_side_of_the_topic():
     assert asked["sober", "canyon"].endswith("without any praise.") and asked["conditional", "castle"].endswith(
         "of praise."
     )
-    assert asked["conditional", "canyon"] == asked["sober", "canyon"] and asked["brief", "canyon"].startswith(BY_TOPIC["canyon"])
+    assert asked["conditional", "canyon"] == asked["sober", "canyon"] and asked["brief", "canyon"].startswith(
+        BY_TOPIC["canyon"]
+    )
     assert not TASKS["sober"].has_facts and TASKS["sober"].has_beliefs
 
 
