@@ -10,6 +10,7 @@ from helpers import claims, places
 
 DEFAULT_PROFILE = "atlas"
 WORLDS = "worlds"  # the profile whose ledger is over several worlds
+REAL = "smollm2"  # the one of a real language model, which stands beside it
 NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
 RUNGS = {
     "v*": "v\\*", "v_opt": "v_opt", "two, by a probe of the prompt": "two, by a probe of the prompt",
@@ -23,7 +24,7 @@ def rendered(text: str, root: Path) -> str:
     Raises ValueError for a block whose markers are not there exactly once."""
     folder = root / "figures" / DEFAULT_PROFILE
     of_worlds = _ledger(folder) | _ledger(root / "figures" / WORLDS)  # of several worlds where they were asked
-    scores = scorecard(of_worlds, claims.CLAIMS)
+    scores = scorecard(of_worlds, claims.CLAIMS, _ledger(root / "figures" / REAL))
     blocks = {"answers": answers(folder), "scorecard": scores, "ladder": ladder(folder)}
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -33,17 +34,18 @@ def rendered(text: str, root: Path) -> str:
     return text
 
 
-def scorecard(ledger: dict[str, dict], asked: Iterable[str]) -> str:
-    """A row a claim: what it says in plain words, what was measured, the verdict and what its reader has to know."""
-    lines = ["| It says | Measured | Verdict | To know |", "|---|---|---|---|"]
-    verdicts = claims.verdicts(ledger)
+def scorecard(ledger: dict[str, dict], asked: Iterable[str], real: dict[str, dict]) -> str:
+    """A row a claim: what it says in plain words, what was measured, the verdict and what its reader has to know, and
+    what a real language model's ledger says of it, in bold where its verdict is another one."""
+    lines = ["| It says | Measured | Verdict | To know | SmolLM2-135M |", "|---|---|---|---|---|"]
+    verdicts, of_real = claims.verdicts(ledger), claims.verdicts(real)
     for name in (name for name in asked if name in ledger):
         claim, entry = claims.ALL[name], ledger[name]
         over = "" if claim.algebra else f"; over {entry['varied']}"
         measured = f"{claim.quantity} {_measured(entry)}; claimed {_region(entry)}{over}"
-        lines.append(
-            _row(f"**{name}** {claim.plain}", measured, _verdict(verdicts[name]), claims.filled(claim.caveat, ledger))
-        )
+        known = claims.filled(claim.caveat, ledger)
+        beside = _beside(real[name], of_real[name], verdicts[name]) if name in real else ""
+        lines.append(_row(f"**{name}** {claim.plain}", measured, _verdict(verdicts[name]), known, beside))
     return "\n".join(lines)
 
 
@@ -53,6 +55,12 @@ def _verdict(found: claims.Verdict) -> str:
     parts = {"direction": found.direction, "size": found.size, "specific": f"{found.specific}{beside}"}
     asked = "; ".join(f"{part} {mark}" for part, mark in parts.items() if mark != claims.NONE)
     return f"**{found.word}** ({asked})"
+
+
+def _beside(entry: dict, found: claims.Verdict, other: claims.Verdict) -> str:
+    """Another model's number and its verdict in a word."""
+    word = found.word if found.word == other.word else f"**{found.word}**"
+    return word if found.word == claims.ALGEBRA else f"{_measured(entry)}: {word}"
 
 
 def answers(folder: Path) -> str:

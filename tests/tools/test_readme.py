@@ -77,16 +77,27 @@ def test_one_prompt_is_answered_by_the_four_models_at_dose_1(root):
 
 
 def test_a_row_of_the_scorecard_says_what_was_measured_the_verdict_in_its_parts_and_its_caveat(root):
-    head, rule, c1, c9, c12 = readme.scorecard(claims.load(ATLAS), claims.CLAIMS).splitlines()
-    assert {len(cells(row)) for row in (head, rule, c1, c9, c12)} == {4}
+    head, rule, c1, c9, c12 = readme.scorecard(claims.load(ATLAS), claims.CLAIMS, {}).splitlines()
+    assert {len(cells(row)) for row in (head, rule, c1, c9, c12)} == {5}
     assert cells(c9) == [
         f"**C9** {claims.ALL['C9'].plain}",
         "nats -0.50 [-0.70, -0.25]; claimed −∞ to -1.0e-09; over prompts and 2 training seeds",
         "**reproduced** (direction yes; size inside; specific yes beside SFT)",
         "about the mean, DPO changes it by 0.25",
+        "",
     ]  # fmt: skip
-    assert cells(c1)[2:] == ["**algebra** (size inside)", "of single tokens"]
-    assert cells(c12)[2:] == ["**not reproduced** (size outside)", ""]  # what its caveat tells was not measured
+    assert cells(c1)[2:] == ["**algebra** (size inside)", "of single tokens", ""]
+    assert cells(c12)[2:] == ["**not reproduced** (size outside)", "", ""]  # what its caveat tells was not measured
+
+
+def test_a_real_model_stands_beside_it_in_bold_where_its_verdict_is_another(root):
+    real = ATLAS.changed(name="smollm2")
+    for name, value in (("C1", 1e-13), ("C9", 0.3), ("C12", 0.9)):
+        claims.record(real, name, Estimate(value, 0.9 * value, 1.1 * value), 200, "fig")
+    rows = readme.scorecard(claims.load(ATLAS), claims.CLAIMS, claims.load(real)).splitlines()[2:]
+    c1, c9, c12 = (cells(row)[-1] for row in rows)
+    assert c1 == "algebra" and c12 == "0.90 [0.81, 0.99]: not reproduced"
+    assert c9 == "0.30 [0.27, 0.33]: **not reproduced**"
 
 
 def test_claims_that_were_asked_of_several_worlds_are_shown_by_these(root):
