@@ -150,6 +150,13 @@ def legend_above(figure: Figure, axes: Axes, ncols: int, **look) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=ncols, **look)
 
 
+def thin_ticks(axes: Axes, labels: Sequence[str], most: int = 12) -> None:
+    """Of more than `most` categories along x, such as the sites of a deep model, name some alone."""
+    if len(labels) > most:
+        step = -(-len(labels) // most)
+        axes.set_xticks(range(0, len(labels), step), labels[::step], rotation=45)
+
+
 def blank(panels: np.ndarray, used: int) -> None:
     """Hide the panels after the first `used`."""
     for axes in panels.flat[used:]:
