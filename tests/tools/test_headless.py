@@ -186,9 +186,10 @@ def test_a_notebook_that_leaves_early_is_not_finished(tmp_path):
 
 # --- Which cells ---
 
-TASKS = {  # what tags are true of a study, beside `trained`
-    "atlas": ("atlas", {"organism", "facts", "words", "families", "atlas"}),
+TASKS = {  # what tags are true of a study, beside `trained` and `ranks`
+    "atlas": ("atlas", {"organism", "facts", "beliefs", "words", "families", "atlas"}),
     "another family": (("atlas", "", "atlas:belief"), {"organism", "families", "atlas"}),
+    "topics": (("tinystories", "", "topics:brief"), {"real", "beliefs", "words", "families", "topics"}),
     "stories": ("tinystories", {"real", "words", "families", "stories"}),
     "pairs": (("tinystories", "", "some/pairs"), {"real", "alone", "pairs"}),
     "own answers": (("tinystories", "", "onpolicy:some/prompts"), {"real", "alone", "pairs"}),
@@ -200,22 +201,25 @@ def test_a_profile_alone_tells_which_tags_apply(name):
     given, expected = TASKS[name]
     profile = profiles.load(*([given] if isinstance(given, str) else given))
     known = headless.facts(profile)
-    assert {tag for tag, holds in known.items() if holds} == expected | {"trained"}
+    assert {tag for tag, holds in known.items() if holds} == expected | {"trained", "ranks"}
     assert all(headless.applies([tag], profile) == holds for tag, holds in known.items())
 
 
-@pytest.mark.parametrize("data", ["atlas:tone", "atlas:refusal", "atlas:tone+refusal", "onpolicy:vader-conditional"])
-def test_tags_about_facts_and_words_say_what_the_task_itself_says(data):
+@pytest.mark.parametrize(
+    "data", ["atlas:tone", "atlas:refusal", "atlas:tone+refusal", "onpolicy:vader-conditional", "topics:brief"]
+)
+def test_tags_about_facts_beliefs_and_words_say_what_the_task_itself_says(data):
     profile = profiles.load("atlas", data=data)
     task = tasks.task(profile.data, profile.score, profile.seed, profile.sizes, profile.organism.places)
     known = headless.facts(profile)
-    assert (known["facts"], known["words"]) == (task.has_facts, task.has_words)
+    told = [known[tag] for tag in ("facts", "beliefs", "words")]
+    assert told == [task.has_facts, task.has_beliefs, task.has_words]
 
 
 def test_a_ready_partner_is_trained_nowhere_here_and_16_bits_are_told():
     ready = profiles.load("zephyr-7b")
     true = {tag for tag, holds in headless.facts(ready).items() if holds}
-    assert true == {"real", "alone", "pairs", "ready", "float16"}
+    assert true == {"real", "alone", "pairs", "ready", "ranks", "float16"}
 
 
 def test_a_cell_needs_all_of_its_tags_and_one_without_any_is_about_every_study():
