@@ -35,7 +35,8 @@ class Extent(Settings):
     random, differences, signs: how many random directions, differences of base states and means of randomly signed
     displacements stand beside v*. sites: those at which v* is tried; every site where none is named. spans: over which
     it is added there. draws: of each prompt there. partners, stops: the controls that are trained, and the shares of a
-    run at which partners are compared. ranks: of adapters that are trained beside the recipe's.
+    run at which partners are compared. seeds: of each control, at most as many as of the partner. ranks: of adapters
+    that are trained beside the recipe's.
     """
 
     random: int = Field(20, ge=2)
@@ -46,6 +47,7 @@ class Extent(Settings):
     draws: int = Field(4, ge=1)
     partners: _NAMES = ("SFT", "shuffled", "reversed", "mixture")
     stops: Annotated[tuple[float, ...], Field(strict=False)] = STOPS
+    seeds: int = Field(3, ge=1)
     ranks: Annotated[tuple[int, ...], Field(strict=False)] = (1, 32)
 
 

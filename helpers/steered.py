@@ -29,7 +29,10 @@ ANSWERED = 256  # held-in prompts whose answers by the partner v_opt is found on
 
 
 class Steered(Subject):
-    """A base and its partner, what moves between them, and what either says with it added or taken away."""
+    """A base and its partner, what moves between them, and what either says with it added or taken away. `fluency`:
+    whether answers are read again for how fluent they are (stages/verdicts.py)."""
+
+    fluency = True
 
     # --- 4. States and the direction v* ---
 
@@ -128,18 +131,19 @@ class Steered(Subject):
         return self._judged("heldout", sampled(self.lm.role(role), prompts, most, None, 1, *arm))
 
     def sweep(
-        self, role: str, site: str, deltas: Tensor, span: str = "response", split: str = "heldout", draws: int = 0
-    ) -> pd.DataFrame:
+        self, role: str, site: str, deltas: Tensor, span: str = "response", split: str = "heldout", draws: int = 0,
+        fluency: bool = True,
+    ) -> pd.DataFrame:  # fmt: skip
         """Sampled answers to the prompts of a split with each of `deltas` added at a site, judged.
 
         deltas: (arms, d), or (arms, N, d) where every prompt has its own. A row an arm and a prompt, as of `answers`:
         `arm`, `prompt`, `text`, `ids` and what the task's judge says. All arms share their random numbers. draws: of
-        each prompt, by default `sizes.draws`.
+        each prompt, by default `sizes.draws`. fluency: whether that is judged too.
         """
         sizes, seed = self.profile.sizes, self.profile.seed
         prompts, drawn = self.prompts(split), (sizes.new_tokens, seed, draws or sizes.draws)
         arms = (site, deltas, span, sizes.temperature)
-        return self._judged(split, under_arms(self.lm.role(role), prompts, *drawn, *arms))
+        return self._judged(split, under_arms(self.lm.role(role), prompts, *drawn, *arms), fluency)
 
     def steered(self, role: str) -> pd.DataFrame:
         """Answers to the held-out prompts at dose 1 of v* at `final`: base + v*, or DPO - v*."""
@@ -165,6 +169,7 @@ class Steered(Subject):
         sizes, seed = self.profile.sizes, self.profile.seed
         return sampled(self.lm.role(role), prompts, sizes.new_tokens, seed, draws, temperature=sizes.temperature)
 
-    def _judged(self, split: str, answers: Answers) -> pd.DataFrame:
+    def _judged(self, split: str, answers: Answers, fluency: bool = True) -> pd.DataFrame:
+        fluency = fluency and self.fluency
         base, most = self.lm.role("base"), self.profile.sizes.new_tokens
-        return verdicts(self.task, self.pairs[split], self.prompts(split), answers, most, base)
+        return verdicts(self.task, self.pairs[split], self.prompts(split), answers, most, base, fluency)

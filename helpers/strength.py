@@ -31,6 +31,8 @@ class Checkpoint(Study):
     """A partner at one stop of its run, measured on a part of the prompts (EVERY), since there are many of them. It was
     trained on all."""
 
+    fluency = False
+
     @cached_property
     def pairs(self) -> dict[str, list[PreferencePair]]:
         """The pairs that it is measured on, by split."""
@@ -80,13 +82,10 @@ class Checkpoint(Study):
 
     def _of_facts(self) -> dict[str, float]:
         """What becomes of facts: the share that is stated right, and by how many nats the true value leads."""
-        found = {}
-        if self.task.has_beliefs:
-            found["lead"] = (self.lead("dpo") - self.lead("base")).mean()
-        if self.task.has_facts:
-            stated = [np.nanmean(self.outcome(role, 0, "fact")) for role in ("dpo", "base")]
-            found["facts stated"] = stated[0] - stated[1]
-        return found
+        if not self.task.has_facts:
+            return {}
+        stated = [np.nanmean(self.outcome(role, 0, "fact")) for role in ("dpo", "base")]
+        return {"lead": (self.lead("dpo") - self.lead("base")).mean(), "facts stated": stated[0] - stated[1]}
 
     @cached_property
     def controls(self) -> dict[str, float]:

@@ -21,21 +21,22 @@ def lacks_some(table: pd.DataFrame) -> bool:
 @stage(is_unfinished=lacks_some)
 def verdicts(
     task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], answers: Answers, new_tokens: int,
-    base: Role,
+    base: Role, fluency: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
     """`verdict_table`, kept."""
-    return verdict_table(task, pairs, prompts, answers, new_tokens, base)
+    return verdict_table(task, pairs, prompts, answers, new_tokens, base, fluency)
 
 
 def verdict_table(
     task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], answers: Answers, new_tokens: int,
-    base: Role,
+    base: Role, fluency: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
     """A row an arm and a prompt: `arm`, `prompt`, the first draw's `text` and `ids`, and what the judge says, each
     criterion as its mean over the draws.
 
-    Where no rule knows well-formed text, `token_loss` stands in, of the first draw alone, since each answer has to be
-    read again: the base's mean loss a token of an answer and its end (of those that there are, the likeliest), nats.
+    fluency: whether that is asked. Where no rule knows well-formed text, `token_loss` stands in, of the first draw
+    alone, since each answer has to be read again: the base's mean loss a token of an answer and its end (of those that
+    there are, the likeliest), nats.
     Answers that are the same are judged once.
     """
     said = np.array(answers.said)  # (arms, draws, prompts)
@@ -43,7 +44,7 @@ def verdict_table(
     (prompt, place), of_draws = np.unique(np.stack([asked.ravel(), said.ravel()]), axis=1, return_inverse=True)
     texts = decoding.texts(base.tokenizer(), answers.distinct)
     judged = pd.DataFrame(task.verdicts([pairs[i] for i in prompt], [texts[i] for i in place]))
-    if "well_formed" not in judged:
+    if fluency and "well_formed" not in judged:
         of_first = np.unique(of_draws.reshape(said.shape)[:, 0])
         ids = [answers.distinct[i] for i in place[of_first]]
         judged.loc[of_first, "token_loss"] = _token_losses(
