@@ -36,7 +36,7 @@ class Extent(Settings):
     displacements stand beside v*. sites: those at which v* is tried; every site where none is named. spans: over which
     it is added there. draws: of each prompt there. partners, stops: the controls that are trained, and the shares of a
     run at which partners are compared. seeds: of each control, at most as many as of the partner. ranks: of adapters
-    that are trained beside the recipe's.
+    that are trained beside the recipe's. every: partners at stops are measured on every so many-th held-out prompt.
     """
 
     random: int = Field(20, ge=2)
@@ -48,6 +48,7 @@ class Extent(Settings):
     partners: _NAMES = ("SFT", "shuffled", "reversed", "mixture")
     stops: Annotated[tuple[float, ...], Field(strict=False)] = STOPS
     seeds: int = Field(3, ge=1)
+    every: int = Field(2, ge=1)
     ranks: Annotated[tuple[int, ...], Field(strict=False)] = (1, 32)
 
 

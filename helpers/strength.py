@@ -22,7 +22,7 @@ from helpers.study import Study
 DOSES = torch.tensor([0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0])  # tried on the way from the DPO model to the base
 SCALES = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0, 8.0])  # of a direction, in norms of v*, tried for its KL
 RANDOM = 20  # directions, of which the largest effect is a control
-EVERY = {"heldin": 4, "validation": 4, "heldout": 2}  # which prompts a checkpoint is measured on
+EVERY = {"heldin": 4, "validation": 4}  # which prompts a checkpoint is measured on, of the held-out ones `Extent.every`
 GREEDY = {"base": ("base", 0), "DPO": ("dpo", 0), "base + v*": ("base", 1), "DPO − v*": ("dpo", -1)}
 HELD = 0.95  # of the preference vectors' squared norm: what their span holds
 
@@ -36,7 +36,8 @@ class Checkpoint(Study):
     @cached_property
     def pairs(self) -> dict[str, list[PreferencePair]]:
         """The pairs that it is measured on, by split."""
-        return {split: kept[:: EVERY[split]] for split, kept in super().pairs.items()}
+        every = EVERY | {"heldout": self.profile.extent.every}
+        return {split: kept[:: every[split]] for split, kept in super().pairs.items()}
 
     @cached_property
     def training_pairs(self) -> list[TrainingPair]:
