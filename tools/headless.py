@@ -30,10 +30,12 @@ from helpers import places, profiles
 from helpers.data import catalogue, naming
 from helpers.profiles import EMBEDDED, Profile
 from helpers.world import grammar
+from tools.readme import PAGES
 
 NOTEBOOKS = places.PROJECT / "notebooks"
 DEFAULT_PROFILE = "atlas"
-PUBLISHED = (DEFAULT_PROFILE, "worlds")  # whose pages are committed
+PUBLISHED = (DEFAULT_PROFILE, "worlds")  # whose pages are notebooks/ as they are committed
+BESIDE = ("smollm2",)  # whose executed pages are committed beside their figures
 PAPERMILL_TAGS = ("parameters", "injected-parameters")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SHOWN_LINES = 12  # of a failed cell
@@ -199,10 +201,8 @@ def publish(names: list[str], folder: Path) -> None:
     A cell that did not run, since it is about other studies, stays without outputs. The executed copies are touched
     afterwards, since nothing in them is out of date."""
     for name in names:
-        source, executed = (nbformat.read(at / f"{name}.ipynb", as_version=4) for at in (NOTEBOOKS, folder))
+        source, executed = _as_it_ran(name, folder)
         ran = {cell.id: cell for cell in executed.cells}
-        if any(cell.source != ran[cell.id].source for cell in source.cells if cell.id in ran):
-            raise ValueError(f"Notebook {name} was changed after it ran: run it again.")
         for i, cell in enumerate(source.cells):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
@@ -212,16 +212,36 @@ def publish(names: list[str], folder: Path) -> None:
         (folder / f"{name}.ipynb").touch()
 
 
+def publish_beside(names: list[str], folder: Path, figures: Path) -> None:
+    """Copy executed notebooks, as they ran, into a folder beside their figures."""
+    (figures / PAGES).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        _, executed = _as_it_ran(name, folder)
+        nbformat.write(executed, figures / PAGES / f"{name}.ipynb")
+
+
+def _as_it_ran(name: str, folder: Path) -> tuple[NotebookNode, NotebookNode]:
+    """A notebook's source and its executed copy. Raises ValueError where the source was changed in between."""
+    source, executed = (nbformat.read(at / f"{name}.ipynb", as_version=4) for at in (NOTEBOOKS, folder))
+    ran = {cell.id: cell for cell in executed.cells}
+    if any(cell.source != ran[cell.id].source for cell in source.cells if cell.id in ran):
+        raise ValueError(f"Notebook {name} was changed after it ran: run it again.")
+    return source, executed
+
+
 def main() -> int:
     given = _arguments()
     try:
         profile = profiles.load(given.profile, given.model, given.data, given.dpo_model)
-        if given.publish and profile not in map(profiles.load, PUBLISHED):
-            raise ValueError(f"Only a run of the profiles {' and '.join(PUBLISHED)} as they are can be published.")
+        known = {name: profiles.load(name) for name in (*PUBLISHED, *BESIDE)}
+        if given.publish and profile not in known.values():
+            raise ValueError(f"Only a run of the profiles {', '.join(known)} as they are can be published.")
         if profile.data.startswith(naming.PROMPTS) and any(name[0].isdigit() for name in given.names):
             raise ValueError(f"{profile.data!r} are prompts alone, which are for `make report`: give pairs with DATA=.")
         folder = places.PROJECT / "build" / Path(given.profile).name.removesuffix(".toml")  # make's name for it
-        if given.publish:
+        if given.publish and profile.name in BESIDE:
+            publish_beside(given.names, folder, places.PROJECT / "figures" / profile.name)
+        elif given.publish:
             publish(given.names, folder)
         for name in given.names if given.prepare else ():
             prepare(name, profile, _parameters(given), Path(given.prepare))

@@ -10,6 +10,7 @@ from helpers import claims, places
 
 DEFAULT_PROFILE = "atlas"
 WORLDS = "worlds"  # the profile whose ledger is over several worlds
+PAGES = "pages"  # in a profile's folder of figures: its executed notebooks, where they are kept there
 REAL = "smollm2"  # the one of a real language model, which stands beside it
 NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
 RUNGS = {
@@ -94,22 +95,22 @@ def _drawn(folder: Path) -> list[dict]:
 def gallery(folder: Path) -> str:
     """A profile's page: all claims with their controls, and every figure with its caption, the paper's first."""
     paths = sorted(folder.glob("fig*.json"), key=lambda path: (not path.stem.startswith(PAPER), path.stem))
-    figures = "\n".join(_figure(path.stem, json.loads(path.read_text())) for path in paths)
+    figures = "\n".join(_figure(path.stem, json.loads(path.read_text()), folder) for path in paths)
     return (
         f"# What `make figures PROFILE={folder.name}` drew\n\nWritten by `make readme` from the files beside it.\n\n"
-        f"## Claims\n\n{claims_table(_ledger(folder))}\n\n## Figures\n\n{figures}"
+        f"## Claims\n\n{claims_table(_ledger(folder), folder)}\n\n## Figures\n\n{figures}"
     )
 
 
-def claims_table(ledger: dict[str, dict]) -> str:
+def claims_table(ledger: dict[str, dict], folder: Path) -> str:
     """A row a claim: what is claimed, where it is tested, what was measured beside which controls, the verdict."""
     head = _row("Claim", "Statement", "Notebook", "Figure", "Measured", "Predicted", "Verdict")
     verdicts = claims.verdicts(ledger)
-    rows = [_whole(name, entry, _verdict(verdicts[name])) for name, entry in ledger.items()]
+    rows = [_whole(name, entry, _verdict(verdicts[name]), folder) for name, entry in ledger.items()]
     return "\n".join([head, "|---" * 7 + "|", *rows])
 
 
-def _whole(name: str, entry: dict, verdict: str) -> str:
+def _whole(name: str, entry: dict, verdict: str, folder: Path) -> str:
     controls = "; ".join(f"{key}: {_number(value)}" for key, value in entry["controls"].items())
     measured = f"{entry['metric']}: **{_measured(entry)}**"
     if len(entry["by_seed"]) > 1:
@@ -117,16 +118,20 @@ def _whole(name: str, entry: dict, verdict: str) -> str:
     measured += f", n = {entry['n']}" + (f"<br><sub>{controls}</sub>" if controls else "")
     figure = f"[{entry['figure']}]({entry['figure']}.png)"
     claim = f"{name} (§ {entry['section']})"
-    return _row(claim, entry["statement"], _link(entry["notebook"]), figure, measured, _region(entry), verdict)
+    return _row(claim, entry["statement"], _link(entry["notebook"], folder), figure, measured, _region(entry), verdict)
 
 
-def _figure(name: str, about: dict) -> str:
+def _figure(name: str, about: dict, folder: Path) -> str:
     title = name.split("_")[0].replace("fig", "Figure ") if name.startswith(PAPER) else name
-    return f"### {title}\n\n![{name}]({name}.png)\n\n{about['caption']} (Notebook {_link(about['notebook'])}.)\n"
+    return (
+        f"### {title}\n\n![{name}]({name}.png)\n\n{about['caption']} (Notebook {_link(about['notebook'], folder)}.)\n"
+    )
 
 
-def _link(notebook: str) -> str:
-    return f"[{notebook[:2]}](../../notebooks/{notebook}.ipynb)"
+def _link(notebook: str, folder: Path) -> str:
+    """To the executed page beside the figures, where it is kept there, and to the notebook elsewhere."""
+    own = f"{PAGES}/{notebook}.ipynb"
+    return f"[{notebook[:2]}]({own if (folder / own).exists() else f'../../notebooks/{notebook}.ipynb'})"
 
 
 def _ledger(folder: Path) -> dict[str, dict]:

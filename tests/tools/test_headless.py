@@ -369,11 +369,20 @@ def test_what_was_changed_after_it_ran_is_not_published(executed, monkeypatch, c
     assert path.read_bytes() == before
 
 
+def test_the_pages_of_a_real_model_are_kept_beside_its_figures_and_not_in_the_notebooks(executed, monkeypatch):
+    notebooks, built = executed
+    built.rename(built.with_name("smollm2"))
+    before = (notebooks / "00_a.ipynb").read_bytes()
+    assert main(monkeypatch, "--publish", "00_a", "--profile", "smollm2") == 0
+    kept = places.PROJECT / "figures" / "smollm2" / "pages" / "00_a.ipynb"
+    assert stream(kept, "stdout") == "00_a\n" and (notebooks / "00_a.ipynb").read_bytes() == before
+
+
 @pytest.mark.parametrize("other", [("--profile", "tinystories"), ("--model", "some/hub-id")])
 def test_only_the_default_run_is_published(calls, monkeypatch, tmp_path, capsys, other):
     """The committed notebooks hold no injected parameters."""
     assert main(monkeypatch, "--publish", "00_a", *other) == 2
-    assert "Only a run of the profiles atlas and worlds" in capsys.readouterr().err
+    assert "Only a run of the profiles atlas, worlds, smollm2 as they are" in capsys.readouterr().err
 
 
 def test_a_kernel_that_dies_is_one_screen_without_a_traceback(monkeypatch, tmp_path, capsys):

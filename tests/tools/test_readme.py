@@ -121,9 +121,18 @@ def test_a_profile_s_page_has_every_claim_with_its_controls(root):
     assert c12[5:] == ["-0.50 to 0.50", "**not reproduced** (size outside)"]
 
 
+def test_a_profile_s_page_leads_to_its_own_executed_notebooks_where_they_are_kept(root):
+    folder = root / "figures" / "atlas"
+    (folder / readme.PAGES).mkdir()
+    (folder / readme.PAGES / "05_spectral_signatures.ipynb").touch()
+    text = readme.gallery(folder)
+    assert "[05](pages/05_spectral_signatures.ipynb)" in text and "[05](../../" not in text
+    assert "](../../notebooks/" in text
+
+
 def test_a_bar_in_a_statement_does_not_end_its_cell(root):
     claims.record(ATLAS, "C4", Estimate(0.3, 0.2, 0.4), 240, "fig1c_cloud")
-    (row,) = [row for row in readme.claims_table(claims.load(ATLAS)).splitlines() if row.startswith("| C4")]
+    (row,) = [row for row in readme.claims_table(claims.load(ATLAS), root).splitlines() if row.startswith("| C4")]
     assert "|" in claims.ALL["C4"].metric and len(cells(row)) == 7
 
 
