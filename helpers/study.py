@@ -138,8 +138,10 @@ class Study(Steered):
     @property
     def swept_sites(self) -> list[str]:
         """The sites at which v* is tried (`Extent.sites`), less those at which DPO changes nothing, as the embeddings,
-        which no adapter moves."""
+        which no adapter moves. Raises ValueError for a site that the model does not have."""
         wanted = self.profile.extent.sites or self.lm.sites
+        if unknown := sorted(set(wanted) - set(self.lm.sites)):
+            raise ValueError(f"extent.sites names {unknown[0]!r}: this model has {', '.join(self.lm.sites)}.")
         return [site for site in self.lm.sites if site in wanted and self.direction(site).any()]
 
     def validated_sites(self) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """A study's stages: computed once, the same from the cache, and equal to what plain forward passes give."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -321,3 +323,16 @@ def test_sites_that_dpo_moves_are_tried_at_both_positions_on_validation_prompts(
     assert list(found.index) == [(site, position) for site in SITES[1:] for position in POSITIONS]
     table = trained.sweep("base", "resid[1]", trained.direction("resid[1]", "response_mean")[None], split="validation")
     assert found["preferred"]["resid[1]", "response_mean"] == table["preferred"].mean()
+
+
+def test_sites_that_a_profile_names_are_swept_in_order_and_an_unknown_one_is_refused():
+    moved = {"resid[0]": torch.zeros(2), "resid[1]": torch.ones(2), "final": torch.ones(2)}
+    one = SimpleNamespace(lm=SimpleNamespace(sites=list(moved)), direction=moved.get)
+    for named, swept in (((), ["resid[1]", "final"]), (("final", "resid[0]"), ["final"])):
+        one.profile = SimpleNamespace(extent=SimpleNamespace(sites=named))
+        assert study.Study.swept_sites.fget(one) == swept
+    one.profile.extent.sites = ("resid[9]",)
+    with pytest.raises(
+        ValueError, match=r"extent.sites names 'resid\[9\]': this model has resid\[0\], "
+    ):
+        study.Study.swept_sites.fget(one)

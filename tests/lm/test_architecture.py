@@ -94,6 +94,17 @@ def test_a_token_without_an_embedding_is_refused_by_its_number(llama):
         architecture.check_sequences(llama, [[1], [2, VOCABULARY]])
 
 
+@pytest.mark.parametrize("medium, fits", [(7, False), (8, True)])
+def test_two_larger_models_are_trained_beside_each_other_up_to_a_number_of_parameters(monkeypatch, medium, fits):
+    monkeypatch.setattr(architecture, "SMALL", 7)
+    monkeypatch.setattr(architecture, "MEDIUM", medium)
+    model = torch.nn.Linear(3, 2)
+    model.device = torch.device("cpu")
+    assert architecture.fits_beside_another(model) is fits
+    model.device = torch.device("meta")
+    assert not architecture.fits_beside_another(model)
+
+
 @pytest.mark.parametrize("at_most, small", [(8, True), (7, False)])
 def test_a_model_is_small_up_to_a_number_of_parameters(monkeypatch, at_most, small):
     monkeypatch.setattr(architecture, "SMALL", at_most)

@@ -490,3 +490,13 @@ def test_deltas_by_token_are_refused_in_blocks_and_beyond_the_response(llama, ch
     given = {"site": "final", "deltas": random_vector(2, 1, 3, WIDTH)} | change
     with pytest.raises(ValueError, match=r"each token of an answer can be added at 'final' alone, span 'response'\.$"):
         sample(llama, **given)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_answers_at_a_temperature_have_the_distribution_of_the_logits_over_it(temperature):
+    logits, n = torch.tensor([1.0, 0.0, -0.5, 2.0]), 20_000
+    noise = decoding.GumbelNoise([0], 3, n, temperature)
+    drawn = noise.added(logits.expand(n, -1), torch.zeros(n, dtype=torch.long), torch.arange(n)).argmax(dim=1)
+    expected = n * torch.softmax(logits / temperature, 0).double().numpy()
+    observed = torch.bincount(drawn, minlength=4).numpy()
+    assert stats.chisquare(observed, expected * n / expected.sum()).pvalue > 0.01
