@@ -332,7 +332,5 @@ def test_sites_that_a_profile_names_are_swept_in_order_and_an_unknown_one_is_ref
         one.profile = SimpleNamespace(extent=SimpleNamespace(sites=named))
         assert study.Study.swept_sites.fget(one) == swept
     one.profile.extent.sites = ("resid[9]",)
-    with pytest.raises(
-        ValueError, match=r"extent.sites names 'resid\[9\]': this model has resid\[0\], "
-    ):
+    with pytest.raises(ValueError, match=r"extent.sites names 'resid\[9\]': this model has resid\[0\], "):
         study.Study.swept_sites.fget(one)
