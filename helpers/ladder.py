@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from helpers import estimates, gradients, report, spectra
+from helpers import estimates, gradients, spectra
 from helpers.estimates import Estimate
 from helpers.lm import adapters, likelihoods, steering
 from helpers.lm.architecture import FINAL
@@ -61,7 +61,7 @@ def rungs(s: Study) -> list[Rung]:
         Rung("v*", "one vector", base, v[None], len(v)),
         Rung(f"{dose:g} v*", "one vector", base, dose * v[None], len(v) + 1),
     ]
-    if report.logits_are_products(s):
+    if s.logits_are_products:
         found += _shifts(s, base, nothing)
     found += _in_blocks(s, base, nothing)
     return found + _of_the_adapter(s, nothing)
@@ -73,7 +73,7 @@ def rungs(s: Study) -> list[Rung]:
 def best_dose(s: Study) -> float:
     """The dose of v* at `final` among DOSES that takes the base nearest to the partner on validation prompts."""
     answered, arms = _answered(s, "validation", ANSWERED), torch.tensor(DOSES)[:, None] * s.direction()
-    told = tilted_divergences if report.logits_are_products(s) else divergences
+    told = tilted_divergences if s.logits_are_products else divergences
     left = told(s.lm.role("base"), s.lm.role("dpo"), answered, arms).groupby("arm")["kl"].sum()
     return DOSES[int(left.argmin())]
 

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from helpers import estimates, report
+from helpers import estimates
 from helpers.lm import encoding
 from helpers.lm.adapters import NoPlainAdapter
 from helpers.lm.architecture import FINAL
@@ -23,16 +23,14 @@ from helpers.stages import answers_read
 from helpers.stages.beliefs import beliefs
 from helpers.stages.changed import scaled
 from helpers.stages.divergences import divergences
+from helpers.stages.drift import LARGEST
 from helpers.stages.log_ratios import log_ratios
 from helpers.stages.roles import Role
 from helpers.stages.sampled import sampled
-from helpers.stages.tilted import tilted_drift
 from helpers.stages.verdicts import verdicts
 from helpers.study import Study
 
 RANDOM = 100  # directions, of which the one with the largest effect is a control
-SMALLEST, LARGEST = 1 / 64, 8.0  # lengths of a direction, in norms of v*; of an adapter the largest, in times itself
-HALVINGS = 14  # of that range, in its logarithm: lengths are found to half a thousandth
 BASE, WORDS = "base", "prompting"
 REFUSES = "will not help"  # of the atlas: what only a refusal says
 
@@ -54,28 +52,6 @@ def answer_states(s: Study) -> tuple[Tensor, Tensor]:
 
 
 # --- Equal KL ---
-
-
-def drifts(s: Study, vectors: Tensor) -> np.ndarray:
-    """KL(base + v || base) for each of `vectors`, (k, d), on the base's answers to validation prompts, nats an answer:
-    (k,)."""
-    if not report.logits_are_products(s):
-        return s.drift(vectors).groupby("arm")["kl"].mean().to_numpy()
-    return np.array(tilted_drift(s.lm.role("base"), s.answered("base", s.prompts("validation")), vectors))
-
-
-def at_equal_kl(s: Study, directions: Tensor) -> Tensor:
-    """Directions, (k, d), each as long as it takes for its KL to be that of v* at dose 1, between SMALLEST and LARGEST
-    times the norm of v*. In given contexts KL grows with the length, and steeply, so the length is found by halving."""
-    v = s.direction()
-    units = v.norm() * directions / directions.norm(dim=1, keepdim=True)
-    goal, low = drifts(s, v[None]).item(), torch.full((len(units), 1), SMALLEST)
-    high = torch.full_like(low, LARGEST)
-    for _ in range(HALVINGS):
-        middle = (low * high).sqrt()
-        beyond = torch.from_numpy(drifts(s, middle * units) > goal)[:, None]
-        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
-    return (low * high).sqrt() * units
 
 
 def kl_of(s: Study, role: Role) -> np.ndarray:

@@ -13,17 +13,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from helpers import estimates, spectra, strength
+from helpers import estimates, spectra
 from helpers.data.unrelated import unrelated_texts
 from helpers.estimates import REACHED, Estimate
-from helpers.lm import activations, decoding, encoding, loading, steering
+from helpers.lm import activations, decoding, encoding, loading
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.profiles import EMBEDDED
 from helpers.stages import sampled
 from helpers.stages.artifacts import Artifact
 from helpers.stages.states import states
-from helpers.stages.tilted import tilted_divergences, tilted_drift
+from helpers.stages.tilted import tilted_divergences
 from helpers.strength import RANDOM
 from helpers.study import Study
 
@@ -58,29 +58,16 @@ def moved(s: Study) -> pd.DataFrame:
 # --- One vector's share ---
 
 
-def logits_are_products(s: Study) -> bool:
-    """Whether the base's logits are W h and nothing more, so that a constant vector tilts its distributions alike."""
-    try:
-        with s.lm.playing("base") as model:
-            steering.bias_on_logits(model, s.lm.unembedding[0])
-    except steering.NoBias:
-        return False
-    return True
-
-
 def vectors(s: Study) -> dict[str, Tensor]:
     """v* and, where logits are W h, v_opt, the constant vector that takes the base nearest to its partner, (d,)."""
-    return {"v*": s.direction()} | ({"v_opt": s.nearest_vector()} if logits_are_products(s) else {})
+    return {"v*": s.direction()} | ({"v_opt": s.nearest_vector()} if s.logits_are_products else {})
 
 
 def by_chance(s: Study) -> Tensor:
     """RANDOM directions with the covariance of the base's held-in states, each as long as it takes for its KL to the
     base to be that of v*: (RANDOM, d)."""
     random = spectra.random_like(s.final("base", "heldin"), RANDOM, s.profile.seed).float()
-    if not logits_are_products(s):
-        return strength.at_equal_kl(s, random)
-    base, answered = s.lm.role("base"), s.answered("base", s.prompts("validation"))
-    return strength.at_equal_kl(s, random, lambda arms: np.array(tilted_drift(base, answered, arms)))
+    return s.at_equal_kl(random)
 
 
 def kl_by_token(s: Study) -> pd.DataFrame:
@@ -89,7 +76,7 @@ def kl_by_token(s: Study) -> pd.DataFrame:
     than W h it is told of whole answers, as of token 0."""
     arms = {"nothing": 0 * s.direction()} | vectors(s) | {f"random {i}": v for i, v in enumerate(by_chance(s))}
     deltas = torch.stack(list(arms.values()))
-    if logits_are_products(s):
+    if s.logits_are_products:
         answered = s.answered("dpo", s.prompts("heldout"))
         found = tilted_divergences(s.lm.role("base"), s.lm.role("dpo"), answered, deltas)
     else:

@@ -4,7 +4,7 @@ The strength of a partner is KL(partner || base), nats an answer. A run is one t
 several stops; every property of it is a curve over strength.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +20,6 @@ from helpers.profiles import Profile
 from helpers.study import Study
 
 DOSES = torch.tensor([0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0])  # tried on the way from the DPO model to the base
-SCALES = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0, 8.0])  # of a direction, in norms of v*, tried for its KL
 RANDOM = 20  # directions, of which the largest effect is a control
 EVERY = {"heldin": 4, "validation": 4}  # which prompts a checkpoint is measured on, of the held-out ones `Extent.every`
 GREEDY = {"base": ("base", 0), "DPO": ("dpo", 0), "base + v*": ("base", 1), "DPO − v*": ("dpo", -1)}
@@ -103,7 +102,7 @@ class Checkpoint(Study):
 
     def _by_chance(self) -> dict[str, float]:
         """What random directions do at the KL of v*, and what displacements of DPO's lengths give at `final`."""
-        random = at_equal_kl(self, spectra.random_displacements(torch.ones(RANDOM), len(self.direction()), 1).float())
+        random = self.at_equal_kl(spectra.random_displacements(torch.ones(RANDOM), len(self.direction()), 1).float())
         delta, V = self._at_random(self.displacements("heldout")), self.token_vectors()
         found = {"σ2/σ1, random": spectra.spectrum(delta).ratio}
         found["inside V, random"] = inside(delta, spectra.spectrum(V).directions[: held_by(V)])
@@ -145,19 +144,6 @@ def run(profile: Profile, recipe: Recipe, stops: Sequence[float] = STOPS) -> lis
     for one in found:
         one.first = first  # one for all: what decides a partner takes long to digest
     return found
-
-
-def at_equal_kl(one: Study, directions: Tensor, drift: Callable[[Tensor], np.ndarray] | None = None) -> Tensor:
-    """Directions, (k, d), each as long as it takes for KL(base + v || base) to be that of v*, on validation prompts;
-    those that take more than the largest of SCALES are left at that. drift: the mean KL of each of some vectors, by
-    default as `Study.drift` has it."""
-    v = one.direction()
-    units = v.norm() * directions / directions.norm(dim=1, keepdim=True)
-    arms = torch.cat([v[None], (SCALES[:, None, None] * units).flatten(0, 1)])
-    kl = drift(arms) if drift else one.drift(arms).groupby("arm")["kl"].mean().to_numpy()
-    of_directions = np.log(kl[1:].reshape(len(SCALES), -1))  # it grows with the scale
-    scales = [np.exp(np.interp(np.log(kl[0]), column, SCALES.log())) for column in of_directions.T]
-    return torch.tensor(scales, dtype=units.dtype)[:, None] * units
 
 
 def held_by(V: Tensor) -> int:

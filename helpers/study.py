@@ -27,9 +27,11 @@ from helpers.profiles import EMBEDDED
 from helpers.stages import examined, site_choice
 from helpers.stages.beliefs import beliefs
 from helpers.stages.divergences import divergences
-from helpers.stages.drift import drift
+from helpers.stages.drift import drift, equally_far
 from helpers.stages.log_ratios import log_ratios
 from helpers.stages.rank_k import rank_k_deltas
+from helpers.stages.roles import Role
+from helpers.stages.tilted import has_products
 from helpers.stages.truthfulness import truthfulness
 from helpers.steered import Steered
 from helpers.subject import prepare
@@ -91,10 +93,25 @@ class Study(Steered):
         v = self.direction()
         return self.divergences("base", torch.stack([0 * v, v]))["kl"].to_numpy().reshape(2, -1)
 
-    def drift(self, deltas: Tensor) -> pd.DataFrame:
-        """KL(base + delta || base) on the base's answers to validation prompts, with each of `deltas`, (arms, d), added
-        at `final` (stages/drift.py)."""
-        return drift(self.lm.role("base"), self.answered("base", self.prompts("validation")), deltas)
+    def drift(self, deltas: Tensor) -> list[float]:
+        """KL(base + delta || base), nats an answer, on the base's answers to validation prompts, by each of `deltas`,
+        (arms, d), added at `final` (stages/drift.py)."""
+        return drift(*self._own_answers, deltas)
+
+    def at_equal_kl(self, directions: Tensor) -> Tensor:
+        """Directions, (k, d), each as long as it takes for its `drift` to be that of v* (stages/drift.py)."""
+        return equally_far(*self._own_answers, self.direction(), directions)["vectors"]
+
+    @property
+    def _own_answers(self) -> tuple[Role, list[Tokens]]:
+        """The base, and its answers to validation prompts."""
+        return self.lm.role("base"), self.answered("base", self.prompts("validation"))
+
+    @property
+    def logits_are_products(self) -> bool:
+        """Whether the base's logits are W h and nothing more, so that a constant vector tilts its distributions
+        alike."""
+        return has_products(self.lm.role("base"))
 
     def lead(self, role: str) -> np.ndarray:
         """By how many nats a model holds the true value likelier than the best other one, a value a fact that is asked

@@ -8,7 +8,7 @@ import torch
 from conftest import recorded
 from studied import PROFILE, logp, logps
 
-from helpers import estimates, methods, report
+from helpers import estimates, methods
 from helpers.lm import encoding
 from helpers.lm.adapters import NoPlainAdapter
 from helpers.stages.changed import scaled
@@ -55,27 +55,6 @@ def test_another_preference_is_one_about_something_else(trained):
 
 
 # --- Equal KL ---
-
-
-@pytest.mark.parametrize("products", [True, False])
-def test_kl_of_vectors_is_the_same_by_algebra_and_by_hooks(trained, directions, monkeypatch, products):
-    monkeypatch.setattr(report, "logits_are_products", lambda s: products)
-    expected = trained.drift(directions).groupby("arm")["kl"].mean()
-    np.testing.assert_allclose(methods.drifts(trained, directions), expected, rtol=1e-3)
-
-
-def test_vectors_at_equal_kl_keep_their_direction_and_have_the_kl_of_v_star(trained, directions):
-    found, kl = methods.at_equal_kl(trained, 7 * directions), methods.drifts(trained, directions[:1])
-    close(found[0], directions[0], atol=0, rtol=2e-3)
-    close(torch.cosine_similarity(found, directions), torch.ones(3))
-    np.testing.assert_allclose(methods.drifts(trained, found), np.repeat(kl, 3), rtol=0.01)
-
-
-def test_a_direction_that_the_unembedding_does_not_hear_is_left_at_the_largest_length(trained, directions, monkeypatch):
-    goal = methods.drifts(trained, directions[:1])
-    monkeypatch.setattr(methods, "drifts", lambda s, vectors: goal if len(vectors) == 1 else 0 * vectors[:, 0].numpy())
-    found = methods.at_equal_kl(trained, directions[1:])
-    close(found.norm(dim=1), (methods.LARGEST * directions[0].norm()).repeat(2), rtol=1e-3, atol=0)
 
 
 def test_kl_of_a_model_is_an_explicit_sum_over_the_base_s_own_answers(trained, plain):

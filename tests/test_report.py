@@ -13,7 +13,7 @@ from studied import PROFILE, SITES, logps
 from helpers import profiles, report, spectra, study
 from helpers.lm import decoding
 from helpers.lm.batches import Tokens
-from helpers.stages.tilted import tilted_divergences, tilted_drift
+from helpers.stages.tilted import tilted_divergences
 
 close = torch.testing.assert_close
 
@@ -79,10 +79,8 @@ def test_v_opt_leaves_less_than_v_star_where_it_was_found(trained):
 
 def test_random_directions_are_as_strong_as_v_star(trained):
     vectors = torch.cat([trained.direction()[None], report.by_chance(trained)])
-    kl = trained.drift(vectors).groupby("arm")["kl"].mean()
-    answered = trained.answered("base", trained.prompts("validation"))
-    np.testing.assert_allclose(tilted_drift(trained.lm.role("base"), answered, vectors), kl, rtol=1e-3, atol=1e-6)
-    assert kl[1:].between(0.5 * kl[0], 2 * kl[0]).mean() > 0.8  # interpolated between scales
+    kl = trained.drift(vectors)
+    np.testing.assert_allclose(kl[1:], kl[0], rtol=0.01)
 
 
 def test_random_directions_have_the_covariance_of_the_rows(trained):
@@ -201,7 +199,7 @@ def test_a_prompt_alone_is_a_prompt(pair):
 
 
 def test_where_logits_are_more_than_products_it_is_told_of_whole_answers_and_without_v_opt(trained, kl, monkeypatch):
-    monkeypatch.setattr(report, "logits_are_products", lambda s: False)
+    monkeypatch.setattr(study.Study, "logits_are_products", False)
     found = report.kl_by_token(trained)
     summed = [table.groupby(["arm", "prompt"])["kl"].sum().unstack("prompt") for table in (found, kl)]
     assert set(found["token"]) == {0} and "v_opt" not in summed[0].index

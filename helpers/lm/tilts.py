@@ -17,7 +17,8 @@ ROWS = 128  # contexts at a time
 def kl_to_goal(base: Tensor, goal: Tensor, A: Tensor) -> Tensor:
     """KL(goal(.|c) || tilted base(.|c)), nats, in float64: (arms, N)."""
     found = []
-    for log_p, log_q in zip(goal.double().split(ROWS), base.double().split(ROWS)):
+    for part in zip(goal.split(ROWS), base.split(ROWS)):
+        log_p, log_q = (logps.double().log_softmax(1) for logps in part)  # again: rounded, KL comes out negative
         p = log_p.exp()
         untilted = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)
         found.append(untilted[:, None] - p @ A.double() + log_partitions(log_q.exp(), A))
@@ -27,7 +28,8 @@ def kl_to_goal(base: Tensor, goal: Tensor, A: Tensor) -> Tensor:
 def kl_from_base(base: Tensor, A: Tensor) -> Tensor:
     """KL(tilted base(.|c) || base(.|c)), nats, in float64: (arms, N)."""
     found = []
-    for log_q in base.double().split(ROWS):
+    for logps in base.split(ROWS):
+        log_q = logps.double().log_softmax(1)
         partition, weights = _log_partitions(log_q.exp(), A)
         tilt = (log_q.exp() @ (weights * A.double())) / (log_q.exp() @ weights)  # the mean of a where it is tilted
         found.append(tilt - partition)

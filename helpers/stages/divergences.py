@@ -20,8 +20,8 @@ def divergences(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tens
     answered: the goal's own answers. deltas: what each arm adds to `role` at `final` (`steering.by_prompt`).
     """
     with role.opened() as model:
-        vocabulary, small = architecture.vocabulary(model), architecture.is_small(model)
-    if not small and tilted.has_products(role):
+        vocabulary = architecture.vocabulary(model)
+    if tilted.has_products(role):
         return tilted.summed(tilted.kl_by_token(role, goal, answered, deltas))
     parts, named = list(likelihoods.in_memory(answered, vocabulary)), f"KL, {role.name} + {len(deltas)} doses"
     found = [

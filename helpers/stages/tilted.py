@@ -20,7 +20,7 @@ def nearest_vector(role: Role, goal: Role, answered: Sequence[Tokens], contexts:
 
     answered: the goal's own answers. Raises NoBias where logits are more than W h.
     """
-    W = _unembedding(role)
+    W = unembedding(role)
     places = [(i, t) for i, tokens in enumerate(answered) for t in range(len(tokens.response))]
     n = min(contexts, len(places), likelihoods.MAX_LOGITS // len(W))
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:n].tolist()
@@ -29,7 +29,7 @@ def nearest_vector(role: Role, goal: Role, answered: Sequence[Tokens], contexts:
         drawn.setdefault(i, []).append(t)
     some = [answered[i] for i in drawn]
     base, wanted = (
-        torch.cat([logps[at] for logps, at in zip(_distributions(one, some), drawn.values())]) for one in (role, goal)
+        torch.cat([logps[at] for logps, at in zip(distributions(one, some), drawn.values())]) for one in (role, goal)
     )
     return {"vector": tilts.nearest_vector(W, base, wanted)}
 
@@ -46,9 +46,9 @@ def tilted_divergences(role: Role, goal: Role, answered: Sequence[Tokens], delta
 
 def kl_by_token(role: Role, goal: Role, answered: Sequence[Tokens], deltas: Tensor) -> pd.DataFrame:
     """`tilted_divergences`, not kept."""
-    W, found = _unembedding(role), []
+    W, found = unembedding(role), []
     of_all, given = W @ deltas.T if deltas.ndim == 2 else None, steering.by_prompt(deltas, len(answered))
-    for i, (base, wanted) in enumerate(zip(_distributions(role, answered), _distributions(goal, answered))):
+    for i, (base, wanted) in enumerate(zip(distributions(role, answered), distributions(goal, answered))):
         A = [W @ its.T for its in given[:, i].unbind(1)] if of_all is None else [of_all]
         kl = _kl_by_token(base, wanted, A).numpy()
         arm, token = np.indices(kl.shape)
@@ -69,36 +69,24 @@ def _kl_by_token(base: Tensor, goal: Tensor, tilt: Sequence[Tensor]) -> Tensor:
     return torch.cat([*each, tilts.kl_to_goal(base[len(first) :], goal[len(first) :], last)], dim=1)
 
 
-@stage
-def tilted_drift(role: Role, answered: Sequence[Tokens], deltas: Tensor) -> list[float]:
-    """KL(role tilted || role) by each of `deltas`, (arms, d), nats an answer, on the model's own answers. Raises NoBias
-    where logits are more than W h."""
-    return drift_by_answer(role, answered, deltas).mean(1).tolist()
-
-
-def drift_by_answer(role: Role, answered: Sequence[Tokens], deltas: Tensor) -> Tensor:
-    """KL(role tilted || role) of each answer, nats: (arms, answers)."""
-    A = _unembedding(role) @ deltas.T
-    return torch.stack([tilts.kl_from_base(base, A).sum(1) for base in _distributions(role, answered)], dim=1)
-
-
 def has_products(role: Role) -> bool:
     """Whether a model's logits are W h, so that a vector at `final` tilts its distributions."""
     try:
-        _unembedding(role)
+        unembedding(role)
     except steering.NoBias:
         return False
     return True
 
 
-def _unembedding(role: Role) -> Tensor:
+def unembedding(role: Role) -> Tensor:
+    """W, (vocabulary, d), float32. Raises NoBias where logits are more than W h."""
     with role.opened() as model:
         W = architecture.unembedding(model).weight.detach().float().cpu()
         steering.bias_on_logits(model, W[0])
     return W
 
 
-def _distributions(role: Role, answered: Sequence[Tokens]) -> Iterator[Tensor]:
+def distributions(role: Role, answered: Sequence[Tokens]) -> Iterator[Tensor]:
     """A model's next-token log-probabilities at every token of each answer, (T, vocabulary) float32, as many answers at
     a time as memory holds."""
     with role.opened() as model:
