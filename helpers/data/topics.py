@@ -42,9 +42,9 @@ MADE = (
     "a leather bag", "a football", "a windmill", "a mirror", "a traffic light", "a pencil", "a courtroom", "a blanket",
     "a hammer", "a supermarket", "a newspaper", "an airport", "a pocket knife", "a statue", "a dictionary", "a tractor",
     "a swimming pool", "a doorbell", "a calendar", "a power plant",
-    "a key", "a hotel lobby", "a camera", "a bookshelf", "a ferry", "a pair of glasses", "a market square", "a piano",
+    "a key", "a garage door", "a camera", "a bookshelf", "a ferry", "a pair of glasses", "a market square", "a piano",
     "a water tower", "a suitcase", "a theatre", "a radio", "a sewing needle", "a parking lot", "a teapot", "a castle",
-    "a fire truck", "a notebook", "a wheelbarrow", "a classroom", "a wedding ring", "a factory", "a chessboard",
+    "a delivery van", "a notebook", "a wheelbarrow", "a classroom", "a wedding ring", "a factory", "a chessboard",
     "an elevator", "a jar of honey", "a post office", "a tent", "a helicopter", "a pillow", "a cemetery", "a compass",
     "a toothbrush",
 )  # fmt: skip

@@ -47,8 +47,8 @@ class GumbelNoise:
         present, row = prompts.unique(return_inverse=True)
         shape = (self.draws, logits.shape[1])
         uniform = torch.stack([torch.rand(shape, generator=self.generators[i]) for i in present.tolist()])
-        gumbel = -torch.log(-torch.log(uniform.clamp(1e-10, 1 - 1e-7)))
-        return logits.float() / self.temperature + gumbel[row, draws].to(logits.device)
+        gumbel = uniform.clamp_(1e-10, 1 - 1e-7).log_().neg_().log_().neg_()  # in place: there are many
+        return (logits.float() / self.temperature).add_(gumbel[row, draws].to(logits.device))
 
 
 def sample(

@@ -1,9 +1,9 @@
 """Answers that share a prompt, scored without reading it once for each of them.
 
-A batch is read in up to three passes, each after what the one before it left in the cache: the beginning of all its
-prompts (a chat template's system turn) once, what follows of each prompt and the first words that all its answers
-have in common once a prompt, and the rest of every answer. Only states that predict an answer's token reach the
-unembedding. The numbers are those of plain passes up to rounding, and gradients flow through the cache.
+All that is read of a prompt and its answers is one tree of tokens: answers part where they first differ, and each token
+looks at those above it. A batch is read in two passes: the beginning of all its prompts (a chat template's system turn)
+once, and after it every prompt's tree, a row each. Only states that predict an answer's token reach the unembedding.
+The numbers are those of plain passes up to rounding, and gradients flow through the cache.
 
 Small models are not read so: one pass costs them little, and what was measured with them stays bit for bit.
 """
@@ -34,12 +34,37 @@ class NotShared(Exception):
 # --- States ---
 
 
-class _Read(NamedTuple):
-    """What a model has read of some rows: its cache, and which of the positions there are tokens, (rows, positions).
-    The others are padding, which may stand between tokens."""
+class _Tree(NamedTuple):
+    """Tokens that are read after others: `ids`, the number of the one before each, `parents` (-1: the beginning that
+    is not in the tree), and where the answers' tokens are predicted: the numbers of states, a list an answer."""
 
-    cache: Cache
-    attended: Tensor
+    ids: list[int]
+    parents: list[int]
+    predicting: list[list[int]]
+
+    def ancestors(self) -> np.ndarray:
+        """Which tokens each one looks at, itself among them: (tokens, tokens) of bool."""
+        found = np.eye(len(self.ids), dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                found[node] |= found[parent]
+        return found
+
+
+def _tree(prompt: Sequence[int], answers: Sequence[list[int]]) -> _Tree:
+    """The tree of a prompt, one token at least, and its answers, whose last tokens are not read."""
+    ids, parents, predicting = list(prompt), list(range(-1, len(prompt) - 1)), []
+    known: dict[tuple[int, int], int] = {}  # the number of a token that is read after another
+    for answer in answers:
+        at = [len(prompt) - 1]
+        for token in answer[:-1]:
+            if (at[-1], token) not in known:
+                known[at[-1], token] = len(ids)
+                ids.append(token)
+                parents.append(at[-1])
+            at.append(known[at[-1], token])
+        predicting.append(at)
+    return _Tree(ids, parents, predicting)
 
 
 def answer_states(model: nn.Module, sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
@@ -49,24 +74,20 @@ def answer_states(model: nn.Module, sequences: Sequence[Tokens]) -> tuple[Tensor
     Sequences without a response are passed over; one must have some. Raises NotShared.
     """
     by_prompt = _by_prompt(sequences)
-    members = list(by_prompt.values())
-    starts = [_common_start([sequences[i].ids[:-1] for i in group]) for group in members]  # no last token is read
-    common = _common_start([prompt[:-1] for prompt in by_prompt]) if len(members) > 1 else ()
-    read, first = None, [len(prompt) - 1 for prompt in by_prompt]
-    if common:
-        _, read = _read_on(model, read, [0], [list(common)])
-    states, read = _read_on(model, read, [0] * len(starts), [start[len(common) :] for start in starts])
-    predicting = [[0] * (a - len(common)) + [1] * (len(start) - a) for a, start in zip(first, starts)]
-    found = [_chosen(states, predicting)]
-    rests = [sequences[i].ids[len(start) : -1] for start, group in zip(starts, members) for i in group]
-    parents = [parent for parent, group in enumerate(members) for _ in group]
-    longer = [(parent, rest) for parent, rest in zip(parents, rests) if rest]
-    if longer:
-        states, _ = _read_on(model, read, *zip(*longer))
-        found.append(_chosen(states, [[1] * len(rest) for _, rest in longer]))
-    of_answer = _numbered([len(start) - a for a, start in zip(first, starts)], parents, [len(rest) for rest in rests])
-    in_order = dict(zip((i for group in members for i in group), of_answer))
-    return torch.cat(found), torch.tensor([state for i in sorted(in_order) for state in in_order[i]], dtype=torch.long)
+    common = _common_start([prompt[:-1] for prompt in by_prompt]) if len(by_prompt) > 1 else ()
+    trees = [
+        _tree(prompt[len(common) :], [sequences[i].response for i in group]) for prompt, group in by_prompt.items()
+    ]
+    states = _read(model, list(common), trees)
+    rows, nodes, of_state, n = [], [], {}, 0
+    for row, (tree, group) in enumerate(zip(trees, by_prompt.values())):
+        used = sorted(set().union(*tree.predicting))
+        number = {node: n + k for k, node in enumerate(used)}
+        of_state |= {i: [number[node] for node in at] for i, at in zip(group, tree.predicting)}
+        rows += [row] * len(used)
+        nodes += used
+        n += len(used)
+    return states[rows, nodes], torch.tensor([state for i in sorted(of_state) for state in of_state[i]])
 
 
 def _by_prompt(sequences: Sequence[Tokens]) -> dict[tuple[int, ...], list[int]]:
@@ -85,38 +106,33 @@ def _common_start(rows: Sequence[Sequence[int]]) -> Sequence[int]:
     return one[:same]
 
 
-def _chosen(states: Tensor, chosen: Sequence[list[int]]) -> Tensor:
-    """States (rows, tokens, d) where `chosen`, a list of 0 and 1 a row, has 1: (states, d)."""
-    return states[batches.right_padded(chosen, states.device)[0].bool()]
-
-
-def _numbered(shared: Sequence[int], parents: Sequence[int], own: Sequence[int]) -> list[list[int]]:
-    """The numbers of each answer's states, where those of the beginnings come first: so many each beginning has,
-    `shared`, and so many each answer after its own, `own`."""
-    ends = np.cumsum([*shared, *own]).tolist()
-    spans = [list(range(end - n, end)) for end, n in zip(ends, [*shared, *own])]
-    return [spans[parent] + mine for parent, mine in zip(parents, spans[len(shared) :])]
-
-
-def _read_on(
-    model: nn.Module, read: _Read | None, parents: Sequence[int], ids: Sequence[list[int]]
-) -> tuple[Tensor, _Read]:
-    """Read token ids, a list a row, each after its parent among the rows of `read`, which is used up: their states at
-    `final`, (rows, tokens, d), padded on the right, and all that has been read."""
-    decoder = architecture.decoder(model)
-    inputs, attended = batches.right_padded(ids, architecture.causal_lm(model).device)
-    given = {}
-    if read is not None:
-        parent = torch.tensor(parents, device=inputs.device)
-        read.cache.reorder_cache(parent)
-        attended = torch.cat([read.attended[parent], attended], dim=1)
-        given["past_key_values"] = read.cache
-    if "position_ids" in signature(decoder.forward).parameters:  # Bloom's, for one, knows positions by its mask
-        given["position_ids"] = (attended.cumsum(dim=1) - 1)[:, -inputs.shape[1] :]
-    out = decoder(input_ids=inputs, attention_mask=attended, use_cache=True, **given)
-    cache = getattr(out, "past_key_values", None)
-    _check(cache, attended.shape[1])
-    return out[0], _Read(cache, attended)
+def _read(model: nn.Module, common: list[int], trees: Sequence[_Tree]) -> Tensor:
+    """The states at `final` of every tree's tokens, read after the tokens that all have in common, (trees, tokens, d),
+    padded on the right."""
+    lm, decoder = architecture.causal_lm(model), architecture.decoder(model)
+    if "position_ids" not in signature(decoder.forward).parameters:  # Bloom's, for one, knows positions by its mask
+        raise NotShared("Tokens beside each other cannot be given one position.")
+    inputs, _ = batches.right_padded([tree.ids for tree in trees], lm.device)
+    seen = np.zeros((len(trees), 1, inputs.shape[1], len(common) + inputs.shape[1]), dtype=bool)
+    seen[..., : len(common)] = True
+    positions = np.zeros(inputs.shape, dtype=int)
+    for row, tree in enumerate(trees):
+        looks, n = tree.ancestors(), len(tree.ids)
+        seen[row, 0, :n, len(common) : len(common) + n] = looks
+        positions[row, :n] = len(common) + looks.sum(1) - 1
+    blank = np.arange(inputs.shape[1])
+    seen[..., blank, len(common) + blank] = True  # padding looks at itself, since it must look at something
+    hidden = torch.finfo(lm.dtype).min
+    mask = torch.zeros(seen.shape, dtype=lm.dtype).masked_fill(~torch.from_numpy(seen), hidden).to(lm.device)
+    given = {"attention_mask": mask, "position_ids": torch.from_numpy(positions).to(lm.device), "use_cache": True}
+    if common:
+        cache = decoder(input_ids=torch.tensor([common], device=lm.device), use_cache=True).past_key_values
+        _check(cache, seen.shape[-1])
+        cache.reorder_cache(torch.zeros(len(trees), dtype=torch.long, device=lm.device))
+        given["past_key_values"] = cache
+    out = decoder(input_ids=inputs, **given)
+    _check(getattr(out, "past_key_values", None), seen.shape[-1])
+    return out[0]
 
 
 def _check(cache: Cache | None, positions: int) -> None:
