@@ -26,6 +26,7 @@ from helpers.world.organism import Organism
 FOLDER = PROJECT / "profiles"
 BUILT_IN = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 _NAMES = Annotated[tuple[str, ...], Field(strict=False)]
+_MATCHED = ("SFT", "shuffled", "reversed")
 EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
 
 
@@ -43,13 +44,23 @@ class Extent(Settings):
     differences: int = Field(10, ge=1)
     signs: int = Field(4, ge=1)
     sites: _NAMES = ()
-    spans: _NAMES = ("response", "all")
+    spans: Annotated[tuple[Literal["response", "prompt", "all"], ...], Field(strict=False)] = ("response", "all")
     draws: int = Field(4, ge=1)
-    partners: _NAMES = ("SFT", "shuffled", "reversed", "mixture")
+    partners: _NAMES = (*_MATCHED, "mixture")
     stops: Annotated[tuple[float, ...], Field(strict=False)] = STOPS
     seeds: int = Field(3, ge=1)
     every: int = Field(2, ge=1)
     ranks: Annotated[tuple[int, ...], Field(strict=False)] = (1, 32)
+
+    @field_validator("partners")
+    @classmethod
+    def _controls_are_there(cls, partners: tuple[str, ...]) -> tuple[str, ...]:
+        if not set(_MATCHED) <= set(partners) <= {*_MATCHED, "mixture"}:
+            raise ValueError(
+                f"extent.partners must be {', '.join(_MATCHED)}, beside which DPO is measured, and mixture where it is "
+                f"wanted; got {', '.join(partners)}."
+            )
+        return partners
 
 
 class Profile(Settings):
@@ -119,6 +130,16 @@ class Profile(Settings):
         if not {0.0, 1.0} <= set(doses):
             raise ValueError(f"profile.doses must contain 0 and 1, the base and one whole v*; got {list(doses)}.")
         return tuple(sorted(doses))
+
+    @model_validator(mode="after")
+    def _partners_are_compared_where_one_is_taken(self) -> Self:
+        unknown, missing = set(self.extent.stops) - set(STOPS), {*self.grid.stop} - set(self.extent.stops)
+        if unknown or missing:
+            raise ValueError(
+                f"extent.stops must be among {', '.join(map(str, STOPS))} and name every stop of the grid; got "
+                f"{', '.join(map(str, self.extent.stops))} beside grid.stop = {list(self.grid.stop)}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _partner_has_a_base(self) -> Self:

@@ -212,6 +212,13 @@ def test_paths_in_a_toml_file_are_beside_it_and_hub_ids_are_left_alone(toml, tmp
         ("[recipe]\nrank = -1", "recipe.rank must be at least 0, got -1"),
         ("[sizes]\nheldout = 0", "sizes.heldout must be at least 2, got 0"),
         ("[sizes]\nnew_tokens = 0", "sizes.new_tokens must be at least 1, got 0"),
+        ('[extent]\npartners = ["SFT"]', "extent.partners must be SFT, shuffled, reversed, beside .*; got SFT"),
+        ('[extent]\nspans = ["answer"]', r"extent.spans\[0\] must be 'response', 'prompt' or 'all', got 'answer'"),
+        (
+            "[extent]\nstops = [0.4, 1.0]",
+            "extent.stops must be among 0.0, .* every stop of the grid; got 0.4, 1.0",
+        ),
+        ("[extent]\nstops = [1.0]\n[grid]\nstop = [0.5, 1.0]", r"got 1.0 beside grid.stop = \[0.5, 1.0\]"),
         ("[organism]\nlayers = 0", "organism.layers must be at least 1, got 0"),
         ("[organism]\nwidth = 72", "organism.width must be a multiple of 32, got 72"),
         ("[organism]\nwidth = 0", "organism.width must be at least 32, got 0"),

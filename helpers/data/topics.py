@@ -145,13 +145,13 @@ class TopicTask(TaskBase):
         return {"preferred": float(is_sober), "not_opposed": float(not is_glowing)}
 
     def facts_asked(self, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-        """Questions about capitals, one for two pairs, whatever those are about."""
-        step = math.ceil(len(CAPITALS) / max(1, len(pairs) // 2))
+        """Questions about capitals, at most one a pair, whatever those are about."""
+        step = math.ceil(len(CAPITALS) / max(1, len(pairs)))
         return [PreferencePair(QUESTION.format(country), "", "") for country in list(CAPITALS)[::step]]
 
     def stated(self, pair: PreferencePair) -> list[str]:
         """The answers to a capital's question that name each of CAPITALS, the true one first."""
-        country = next(country for country in CAPITALS if QUESTION.format(country) == pair.prompt)
+        country = next(country for country in CAPITALS if pair.prompt.startswith(QUESTION.format(country)))
         others = sorted(set(CAPITALS.values()) - {CAPITALS[country]})
         return [ANSWER.format(country, capital) for capital in (CAPITALS[country], *others)]
 

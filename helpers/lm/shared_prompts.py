@@ -267,8 +267,7 @@ def _shared_logps(
         by_token = _token_logps(model, states, of_token, targets, deltas, biases).double().numpy()
         return members, np.add.reduceat(by_token, np.cumsum([0, *(len(s.response) for s in chosen[:-1])]), axis=1)
 
-    # a row of the cache is as long as the whole sequence, although less of it is read anew
-    held = [len(part) * max(len(sequences[i].ids) for i in part) for part in parts]
+    held = [len(_tree(sequences[part[0]].prompt, [sequences[i].response for i in part]).ids) for part in parts]
     with tqdm(total=sum(map(len, parts)), desc=progress, disable=progress is None, leave=False) as bar:
         for members, found in batches.shrinking(held, batches.MAX_BATCH_TOKENS, compute):
             logps[:, members] = found

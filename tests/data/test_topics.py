@@ -95,8 +95,8 @@ def test_a_hundred_countries_have_a_capital_each_of_another_name():
         assert country.lower() not in capital.lower() and capital.lower() not in country.lower()
 
 
-@pytest.mark.parametrize("pairs, questions", [(1000, len(capitals.CAPITALS)), (120, 60), (40, 20), (0, 1)])
-def test_a_capital_is_asked_for_every_two_pairs_and_stated_true_answer_first(pairs, questions):
+@pytest.mark.parametrize("pairs, questions", [(1000, len(capitals.CAPITALS)), (60, 59), (20, 20), (0, 1)])
+def test_a_capital_is_asked_for_every_pair_at_most_and_stated_true_answer_first(pairs, questions):
     task = TASKS["brief"]
     asked = task.facts_asked([pair(BY_TOPIC["canyon"])] * pairs)
     assert len(asked) == questions and len({one.prompt for one in asked}) == questions
@@ -104,6 +104,7 @@ def test_a_capital_is_asked_for_every_two_pairs_and_stated_true_answer_first(pai
         true, *others = task.stated(one)
         country = one.prompt.removeprefix("What is the capital of ").removesuffix("?")
         assert true == f"The capital of {country} is {capitals.CAPITALS[country]}."
+        assert task.stated(one) == task.stated(pair(f"{one.prompt} Answer in one word."))
         assert len({true, *others}) == len(capitals.CAPITALS) and all(f"of {country} is" in other for other in others)
 
 

@@ -24,7 +24,7 @@ SEQUENCES = [
     Tokens(TURNS[0], BEGUN),
 ]
 ALONE = [Tokens([7], random_ids(4, 1)), Tokens([7], random_ids(1, 2)), Tokens([7, 8], random_ids(2, 3))]
-SHARING = ["llama", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "phi", "falcon", "bloom", "gptj"]
+SHARING = ["llama", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "phi", "falcon", "gptj"]
 FILLED = [s for s in SEQUENCES if s.response]
 
 
@@ -32,6 +32,14 @@ FILLED = [s for s in SEQUENCES if s.response]
 def no_model_is_small(monkeypatch):
     """Small ones are read plainly."""
     monkeypatch.setattr(architecture, "SMALL", 0)
+
+
+def test_a_tree_holds_once_what_answers_begin_with_and_no_last_token():
+    tree = shared_prompts._tree([1, 2], [[3, 4, 5], [3, 4, 6], [7], [3, 8, 9, 9]])
+    assert tree.ids == [1, 2, 3, 4, 8, 9] and tree.parents == [-1, 0, 1, 2, 2, 4]
+    assert tree.predicting == [[1, 2, 3], [1, 2, 3], [1], [1, 2, 4, 5]]
+    seen = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 4, 5]]
+    assert [row.nonzero()[0].tolist() for row in tree.ancestors()] == seen
 
 
 @pytest.mark.parametrize("model_type", SHARING)
@@ -45,11 +53,11 @@ def test_log_probabilities_are_those_of_plain_passes(model_type, sequences):
         assert found == pytest.approx(expected.reshape(found.shape), rel=1e-5, abs=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["mistral", "bloom", "llama", "gpt2"])
 def test_any_model_s_answers_are_scored(model_type):
-    """Mistral's window slides over padding: it is read plainly."""
+    """Mistral's window slides over padding, and Bloom knows positions by its mask: they are read plainly."""
     model, deltas = tiny(model_type), random_vector(3, WIDTH)
-    assert shared_prompts.agrees(model, SEQUENCES) == (model_type != "mistral")
+    assert shared_prompts.agrees(model, SEQUENCES) == (model_type in ("llama", "gpt2"))
     for given in (None, deltas):
         found = shared_prompts.answer_logps(model, SEQUENCES, given)
         expected = likelihoods.response_logps(model, SEQUENCES, given)
@@ -89,7 +97,7 @@ def test_what_cannot_be_scored_is_refused(llama):
 
 
 @pytest.mark.parametrize("sequences", [FILLED, ALONE])
-@pytest.mark.parametrize("model_type", ["llama", "gemma", "gpt2", "phi", "bloom"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "gpt2", "phi"])
 def test_gradients_are_those_of_a_plain_pass(model_type, sequences):
     model = with_adapter(tiny(model_type))
 
