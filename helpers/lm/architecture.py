@@ -120,8 +120,8 @@ def _parameters(model: nn.Module) -> int:
 
 
 def fits_beside_another(model: nn.Module) -> bool:
-    """Whether two models of this size can be trained beside each other, on processors: in float32, batches of 16 short
-    pairs, two of 134 M parameters took about 12 GB."""
+    """Whether two models of this size can be trained beside each other, on processors: in float32, short pairs, one of
+    134 M parameters took about 2 GB."""
     return is_small(model) or (model.device.type == "cpu" and _parameters(model) <= MEDIUM)
 
 

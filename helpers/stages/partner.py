@@ -11,8 +11,14 @@ from helpers.stages.roles import Fresh
 
 
 def train_within_memory(base: Fresh, pairs: Sequence[TrainingPair], recipe: Recipe, seed: int, folder: Path) -> None:
-    """Train a partner into a folder, computing as many pairs of a batch at once as fit into memory."""
-    training.within_memory(lambda at_once: train(base, pairs, recipe, seed, folder, at_once), recipe.batch_size)
+    """Train a partner into a folder, computing as many pairs of a batch at once as is fastest and fits into memory."""
+
+    def attempt(at_once: int) -> None:
+        model, tokenizer = base.load()
+        few = min(at_once, training.fastest(model, pairs, recipe.batch_size))
+        training.train(model, tokenizer, pairs, recipe, seed, folder, few)
+
+    training.within_memory(attempt, recipe.batch_size)
 
 
 def train(base: Fresh, pairs: Sequence[TrainingPair], recipe: Recipe, seed: int, folder: Path, at_once: int) -> None:

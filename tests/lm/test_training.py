@@ -19,7 +19,7 @@ from scipy import stats
 from trl import DPOConfig, DPOTrainer
 
 from helpers import gradients
-from helpers.lm import encoding, likelihoods, loading, training
+from helpers.lm import architecture, encoding, likelihoods, loading, training
 from helpers.lm.batches import Tokens
 from helpers.lm.recipe import LABELS, STOPS, Recipe
 from helpers.lm.training import TrainingPair
@@ -272,6 +272,16 @@ def test_a_whole_batch_at_once_is_the_default_and_leaves_no_note(partner, encode
     for name in ("adapter_model.safetensors", "log.csv"):
         assert bytes_of(tmp_path)[name] == bytes_of(partner[1])[name]
     assert not (tmp_path / "parts.json").exists() and not (partner[1] / "parts.json").exists()
+
+
+def test_a_processor_takes_few_pairs_of_a_large_model_at_a_time(monkeypatch):
+    model, pairs = tiny("llama"), [TrainingPair(Tokens([1] * n, [2, 3]), Tokens([1] * n, [4]), (0, 0)) for n in (3, 9)]
+    assert training.fastest(model, pairs, 12) == 12
+    monkeypatch.setattr(architecture, "SMALL", 0)
+    for pairs_at_once, taken in ((100, 12), (12, 12), (11, 6), (5, 4), (1, 1), (0, 1)):
+        monkeypatch.setattr(training, "TOKENS_AT_ONCE", 2 * 11 * pairs_at_once)
+        assert training.fastest(model, pairs, 12) == taken
+    assert training.fastest(SimpleNamespace(device=torch.device("cuda")), pairs, 12) == 12
 
 
 def out_of_memory():
