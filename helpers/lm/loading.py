@@ -45,6 +45,16 @@ class BaseAndPartner:
         before, after = map(self._effective_unembedding, ROLES)
         return ((after - before).norm(dtype=torch.float32) / before.norm(dtype=torch.float32)).item()
 
+    @property
+    def weights_moved(self) -> float:
+        """||W_dpo - W_base|| / ||W_base|| over all weights of two whole models (Frobenius): a few hundredths at most
+        where one was trained from the other, about 1.4 where neither was. nan for an adapter."""
+        if self.base is self.dpo or isinstance(self.dpo, PeftModel):
+            return float("nan")
+        before = dict(self.base.named_parameters())
+        moved = sum((w.float() - before[name].float()).square().sum().item() for name, w in self.dpo.named_parameters())
+        return (moved / sum(w.float().square().sum().item() for w in before.values())) ** 0.5
+
     @torch.no_grad()
     def _effective_unembedding(self, role: str) -> Tensor:
         """W_U as a role applies it: an adapter may be on it too."""

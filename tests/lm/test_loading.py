@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -439,10 +440,28 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(folder, value):
     one_sentence(caught, folder.name, "weights that are not finite in float32", "mend the checkpoint")
 
 
+def test_by_how_much_the_weights_of_another_model_differ(llama):
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        other.model.norm.weight += 0.5
+    total = sum(w.double().square().sum() for w in llama.parameters()) ** 0.5
+    found = loading.BaseAndPartner(llama, other, None).weights_moved
+    assert found == pytest.approx((0.25 * WIDTH) ** 0.5 / total.item(), rel=1e-4)
+    assert loading.BaseAndPartner(llama, copy.deepcopy(llama), None).weights_moved == 0
+    with torch.no_grad():
+        for w in other.parameters():  # of the same size, and otherwise no relation
+            w.normal_(std=w.square().mean().sqrt().item(), generator=torch.Generator().manual_seed(w.numel()))
+        for w in llama.parameters():
+            w.normal_(std=w.square().mean().sqrt().item(), generator=torch.Generator().manual_seed(1))
+    assert loading.BaseAndPartner(llama, other, None).weights_moved == pytest.approx(2**0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("modules, moves", [(["q_proj"], False), (["q_proj", "lm_head"], True)])
 def test_by_how_much_an_adapter_moves_the_unembedding(llama, modules, moves):
     adapted = with_adapter(llama, target_modules=modules)
-    found = loading.BaseAndPartner(adapted, adapted, None).unembedding_moved
+    both = loading.BaseAndPartner(adapted, adapted, None)
+    found = both.unembedding_moved
+    assert math.isnan(both.weights_moved)
     W = llama.lm_head.weight
     expected = ((adapted.merge_and_unload().lm_head.weight - W).norm() / W.norm()).item()
     assert found == pytest.approx(expected, rel=1e-4) and (found > 0) == moves
