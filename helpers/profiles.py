@@ -40,7 +40,7 @@ class Extent(Settings):
     that are trained beside the recipe's. every: partners at stops are measured on every so many-th held-out prompt.
     """
 
-    random: int = Field(20, ge=2)
+    random: int = Field(20, ge=5)
     differences: int = Field(10, ge=1)
     signs: int = Field(4, ge=1)
     sites: _NAMES = ()
@@ -133,10 +133,10 @@ class Profile(Settings):
 
     @model_validator(mode="after")
     def _partners_are_compared_where_one_is_taken(self) -> Self:
-        unknown, missing = set(self.extent.stops) - set(STOPS), {*self.grid.stop} - set(self.extent.stops)
+        unknown, missing = set(self.extent.stops) - set(STOPS), {1.0, *self.grid.stop} - set(self.extent.stops)
         if unknown or missing:
             raise ValueError(
-                f"extent.stops must be among {', '.join(map(str, STOPS))} and name every stop of the grid; got "
+                f"extent.stops must be among {', '.join(map(str, STOPS))} and name 1.0 and every stop of the grid; got "
                 f"{', '.join(map(str, self.extent.stops))} beside grid.stop = {list(self.grid.stop)}."
             )
         return self
