@@ -122,8 +122,7 @@ def dpo_trainer(
 
     at_once: how many pairs of a batch all processes together compute at a time, a divisor of the batch's size (which it
     is by default) and a multiple of their number. It decides neither which pairs are in a batch nor how many steps
-    there are: gradients accumulate to the whole batch, as means of the parts. The NLL term is a mean over the tokens of
-    each part, and a last batch that leaves a smaller part weighs its pairs more.
+    there are: gradients accumulate to the whole batch.
     """
     without_dropout(model)
     if not recipe.rank:
