@@ -21,8 +21,7 @@ from helpers.study import Study
 
 DOSES = torch.tensor([0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0])  # tried on the way from the DPO model to the base
 RANDOM = 20  # directions, of which the largest effect is a control
-HELDIN = 500  # prompts at most, on which a checkpoint's v* is measured, and of the others every so many-th:
-EVERY = 4  # of validation prompts, of held-out ones `Extent.every`
+EVERY = {"heldin": 4, "validation": 4}  # which prompts a checkpoint is measured on, of the held-out ones `Extent.every`
 GREEDY = {"base": ("base", 0), "DPO": ("dpo", 0), "base + v*": ("base", 1), "DPO − v*": ("dpo", -1)}
 HELD = 0.95  # of the preference vectors' squared norm: what their span holds
 
@@ -36,8 +35,7 @@ class Checkpoint(Study):
     @cached_property
     def pairs(self) -> dict[str, list[PreferencePair]]:
         """The pairs that it is measured on, by split."""
-        sizes = {split: len(kept) for split, kept in super().pairs.items()}
-        every = {"heldin": max(1, sizes["heldin"] // HELDIN), "validation": EVERY, "heldout": self.profile.extent.every}
+        every = EVERY | {"heldout": self.profile.extent.every}
         return {split: kept[:: every[split]] for split, kept in super().pairs.items()}
 
     @cached_property
