@@ -88,8 +88,16 @@ def caveat(trial: Trial, unembedding_moved: float) -> str:
             "is read through the base's, so that part of DPO is in no v*"
         )
     return text + (
-        f". It **fails** {', '.join(trial.failed)} on validation prompts." if trial.failed else ". It is healthy."
+        f". It **fails** {', '.join(trial.failed)} on validation prompts." if trial.failed else _healthy(trial)
     )
+
+
+def _healthy(trial: Trial) -> str:
+    """That it is healthy, and by what, where perplexity alone can tell."""
+    if trial.measured.keys() - {"preferred"} == {"perplexity_ratio"}:
+        ratio = trial.measured["perplexity_ratio"]
+        return f". It is healthy, as far as perplexity tells ({ratio:.2f} times the base's; no rule knows facts here)."
+    return ". It is healthy."
 
 
 def _origin(trial: Trial) -> str:

@@ -60,6 +60,12 @@ def test_what_has_to_be_known_of_a_trained_partner_is_said(tmp_path, nll, well_f
     assert said.endswith("It **fails** well_formed on validation prompts." if nll else "It is healthy.")
 
 
+def test_where_perplexity_alone_tells_of_health_it_is_said(tmp_path):
+    found = {"preferred": 0.5, "perplexity_ratio": 1.25}
+    said = trials.caveat(Trial(None, Artifact(tmp_path, "key"), lambda: (found, None), Health()), 0.0)
+    assert said.endswith("It is healthy, as far as perplexity tells (1.25 times the base's; no rule knows facts here).")
+
+
 def test_how_many_processes_trained_a_partner_is_said(tmp_path):
     (tmp_path / "parts.json").write_text('{"processes": 4}')
     trial = Trial(Recipe(), Artifact(tmp_path, "key"), lambda: ({}, None), Health())
