@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import threading
+import time
 
 import nbformat
 import pytest
@@ -410,7 +411,7 @@ def test_an_interrupted_run_says_what_is_kept(tmp_path, monkeypatch, capsys):
 
 
 def test_of_two_runs_in_one_folder_the_second_says_that_it_waits(tmp_path, capsys):
-    order = []
+    order, said = [], ""
 
     def second():
         with headless._alone(tmp_path):
@@ -419,8 +420,10 @@ def test_of_two_runs_in_one_folder_the_second_says_that_it_waits(tmp_path, capsy
     thread = threading.Thread(target=second)
     with headless._alone(tmp_path):
         thread.start()
-        while "waits for it" not in capsys.readouterr().err:
+        while "waits for it" not in said:  # which may come in pieces
+            said += capsys.readouterr().err
             assert thread.is_alive()
+            time.sleep(0.01)
         order.append("first")
     thread.join(30)
     assert order == ["first", "second"]
