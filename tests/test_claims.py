@@ -361,7 +361,8 @@ def test_a_text_is_filled_with_what_was_measured_and_empty_where_something_was_n
 
 def test_every_caveat_of_a_claim_was_measured_on_the_default_profile():
     ledger = json.loads((places.PROJECT / "figures" / "atlas" / "claims.json").read_text())
-    for name, about in claims.ALL.items():
+    assert claims.CLAIMS.keys() <= ledger.keys()  # ours need partners that move, such as both of a mixture's families
+    for name, about in ((name, claims.ALL[name]) for name in ledger):
         assert claims.filled(about.caveat, ledger).count("; ") == about.caveat.count("; "), name
         assert not about.caveat or claims.filled(about.caveat, ledger), name
         assert set(re.findall(r"\[([CE]\d+) ", about.caveat)) <= {name}
