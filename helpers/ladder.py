@@ -73,8 +73,7 @@ def rungs(s: Study) -> list[Rung]:
 def best_dose(s: Study) -> float:
     """The dose of v* at `final` among DOSES that takes the base nearest to the partner on validation prompts."""
     answered, arms = _answered(s, "validation", ANSWERED), torch.tensor(DOSES)[:, None] * s.direction()
-    told = tilted_divergences if s.logits_are_products else divergences
-    left = told(s.lm.role("base"), s.lm.role("dpo"), answered, arms).groupby("arm")["kl"].sum()
+    left = divergences(s.lm.role("base"), s.lm.role("dpo"), answered, arms).groupby("arm")["kl"].sum()
     return DOSES[int(left.argmin())]
 
 

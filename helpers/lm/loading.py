@@ -47,8 +47,8 @@ class BaseAndPartner:
 
     @property
     def weights_moved(self) -> float:
-        """||W_dpo - W_base|| / ||W_base|| over all weights of two whole models (Frobenius): a few hundredths at most
-        where one was trained from the other, about 1.4 where neither was. nan for an adapter."""
+        """||W_dpo - W_base|| / ||W_base|| over all weights of two whole models (Frobenius): near zero where one was
+        trained from the other, about 1.4 where they are independent and of one size. nan for an adapter."""
         if self.base is self.dpo or isinstance(self.dpo, PeftModel):
             return float("nan")
         before = dict(self.base.named_parameters())
