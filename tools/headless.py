@@ -98,6 +98,7 @@ def facts(profile: Profile) -> dict[str, bool]:
         "stories": not (atlas or topics or from_elsewhere),
         "pairs": from_elsewhere,
         "float16": profile.dtype in ("bfloat16", "float16"),
+        "float32": profile.dtype in ("float32", "float64"),
     }
 
 

@@ -298,17 +298,19 @@ def _token_logps(
     """The log-probabilities of targets, (tokens,), each after one of the states, (states, d): (arms, tokens)."""
     found = torch.empty(1 if deltas is None else len(deltas), len(targets))
     step = max(1, likelihoods.MAX_LOGITS // (4 * architecture.vocabulary(model)))  # probabilities in float64 among them
+    at = torch.device("cpu") if states.device.type == "mps" else states.device  # MPS has no float64
+    tilt = None if biases is None else biases.to(at)
     for start in range(0, len(states), step):
         here = (of_token >= start) & (of_token < start + step)
-        row, target = (of_token[here] - start).to(states.device), targets[here].to(states.device)
-        if deltas is not None and biases is None:
+        row, target = (of_token[here] - start).to(at), targets[here].to(at)
+        if deltas is not None and tilt is None:
             arms = (_unembedded(model, states[start : start + step] + delta.to(states)) for delta in deltas)
-            told = torch.stack([logits.log_softmax(1)[row, target] for logits in arms])
+            told = torch.stack([logits.to(at).log_softmax(1)[row, target] for logits in arms])
         else:
-            logps = _unembedded(model, states[start : start + step]).log_softmax(1)
+            logps = _unembedded(model, states[start : start + step]).to(at).log_softmax(1)
             told = logps[row, target][None]
-            if biases is not None:  # all arms at once: a bias tilts what is there (lm/tilts.py)
-                told = told + biases[:, target] - tilts.log_partitions(logps.double().exp(), biases.T)[row].T
+            if tilt is not None:  # all arms at once: a bias tilts what is there (lm/tilts.py)
+                told = told + tilt[:, target] - tilts.log_partitions(logps.double().exp(), tilt.T)[row].T
         found[:, here] = told.float().cpu()
     return found
 
