@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import contenders
-from benchmarks.contenders import BATCH, DOSES, GENERATE_PROMPTS, NEW_TOKENS, SWEEP_PROMPTS, VECTORS
+from benchmarks.contenders import ARMS, BATCH, DOSES, GENERATE_PROMPTS, NEW_TOKENS, RECIPE, SITE, SWEEP_PROMPTS
 from benchmarks.subject import LAYERS, LENGTHS, N_PROMPTS, VOCABULARY, WIDTH, Subject, subject
 from helpers.lm import architecture
 
-REPETITIONS = 7
-SWEEP_REPETITIONS = 5
+REPETITIONS = 5
+LONG_REPETITIONS = 3  # of what takes a minute
 TOLERANCE = 1e-3  # largest difference of two float32 states of size 1 that batching may make
+LOSS_TOLERANCE = 1e-4
 
 Times = dict[str, list[float]]
 
@@ -28,17 +29,18 @@ def main(path: Path) -> None:
     """Measure everything on one subject and write `path`."""
     s = subject()
     extraction, differences = measure_extraction(s)
-    steering, sweep, agreement = measure_generation(s)
-    vectors = measure_vectors(s)
-    times = extraction | steering | sweep | vectors
+    steering, agreement = measure_generation(s)
+    times = extraction | steering | measure_likelihoods(s) | measure_training()
     rows = [
-        row("extraction / plain forward pass", times, "ours", "plain", 0.80),
-        row("extraction / repeng", times, "ours", "repeng", 0.75),
-        row("extraction / nnsight", times, "ours", "nnsight", 0.75),
+        row("extraction / plain forward pass with logits", times, "ours", "plain", 0.60),
+        row("extraction / repeng", times, "ours", "repeng", 0.60),
+        row("extraction / nnsight", times, "ours", "nnsight", 0.60),
         row("extraction / nnsight, stopped before the unembedding", times, "ours", "nnsight_stopped", None),
         row("generation with a vector / without", times, "with vector", "without", 1.05),
-        row(f"sweep of {len(DOSES)} doses as one batch / in runs", times, "one batch", "runs", 0.60),
-        row(f"KL of {VECTORS} vectors by algebra / by a softmax each", times, "algebra", "softmax", 0.50),
+        row(f"{len(DOSES)} doses at `final`, one batch / runs of `generate`", times, "final", "final in runs", 0.20),
+        row(f"{len(DOSES)} doses at {SITE}, one batch / runs of `generate`", times, SITE, f"{SITE} in runs", None),
+        row(f"log-ratios and KL of {ARMS} arms by algebra / a run each", times, "algebra", "runs", 0.15),
+        row("a partner trained for two steps / by TRL's DPOTrainer", times, "our partner", "TRL's partner", 0.40),
     ]
     print(table(rows))
     report = {"about": about(), "rows": rows, "seconds": times}
@@ -60,27 +62,47 @@ def measure_extraction(s: Subject) -> tuple[Times, dict[str, float]]:
     return interleaved(calls, REPETITIONS), differences
 
 
-def measure_generation(s: Subject) -> tuple[Times, Times, float]:
-    """Seconds of generation with and without a vector, of both sweeps, and the share of tokens in which these agree."""
-    deltas = contenders.doses(s)
-    vectors = {"with vector": deltas[[DOSES.index(1.0)]], "without": None}
-    steering = {name: contenders.generate(s, vector, GENERATE_PROMPTS) for name, vector in vectors.items()}
-    sweep = {"one batch": contenders.generate(s, deltas, SWEEP_PROMPTS), "runs": contenders.sweep_in_runs(s, deltas)}
+def measure_generation(s: Subject) -> tuple[Times, dict[str, float]]:
+    """Seconds of generation with and without a vector and of sweeps as one batch and in runs, and the share of tokens
+    in which these agree."""
+    deltas = {site: contenders.doses(s, site) for site in ("final", SITE)}
+    whole = deltas[SITE][[DOSES.index(1.0)]]
+    steering = {
+        "with vector": contenders.generate(s, SITE, whole, GENERATE_PROMPTS),
+        "without": contenders.generate(s, SITE, None, GENERATE_PROMPTS),
+    }
     if torch.equal(steering["with vector"](), steering["without"]()):
         raise ValueError("The vector changed no answer: what is timed is not steering.")
-    agreement = (sweep["one batch"]() == sweep["runs"]()).double().mean().item()
-    if agreement < 0.9:  # a greedy answer goes its own way after a tie that rounding has broken
-        raise ValueError(f"The two sweeps agree in {agreement:.0%} of the tokens: they do not do the same.")
-    return interleaved(steering, REPETITIONS), interleaved(sweep, SWEEP_REPETITIONS), agreement
+    times, agreement = interleaved(steering, REPETITIONS), {}
+    for site, found in deltas.items():
+        ways = contenders.generate(s, site, found, SWEEP_PROMPTS), contenders.generate_in_runs(s, site, found)
+        agreement[site] = (ways[0]() == ways[1]()).double().mean().item()
+        if agreement[site] < 0.9:  # a greedy answer goes its own way after a tie that rounding has broken
+            raise ValueError(f"The two sweeps at {site} agree in {agreement[site]:.0%} of the tokens: they differ.")
+        times |= interleaved({site: ways[0], f"{site} in runs": ways[1]}, LONG_REPETITIONS)
+    return times, agreement
 
 
-def measure_vectors(s: Subject) -> Times:
-    """Seconds of both ways to the KL of many vectors. Raises ValueError where they differ."""
-    calls = {name: contenders.kl_of_vectors(s, name == "algebra") for name in ("algebra", "softmax")}
-    found = [call() for call in calls.values()]
-    if not torch.allclose(*found, rtol=1e-3, atol=TOLERANCE):
-        raise ValueError("The two ways to the KL of vectors differ: they do not do the same.")
-    return interleaved(calls, SWEEP_REPETITIONS)
+def measure_likelihoods(s: Subject) -> Times:
+    """Seconds of both ways to the log-ratios and the KL of many arms. Raises ValueError where they differ."""
+    calls = {name: contenders.likelihoods_of_arms(s, name == "algebra") for name in ("algebra", "runs")}
+    return agreeing(calls, "log-ratios and KL", TOLERANCE)
+
+
+def measure_training() -> Times:
+    """Seconds of both ways to a partner. Raises ValueError where their losses differ."""
+    calls = {"our partner": contenders.training_by_ours(), "TRL's partner": contenders.training_by_trl()}
+    return agreeing(calls, "losses", LOSS_TOLERANCE)
+
+
+def agreeing(calls: dict[str, Callable[[], Tensor]], what: str, tolerance: float) -> Times:
+    """Seconds of two calls. Raises ValueError where they do not give the same numbers."""
+    one, other = (call() for call in calls.values())
+    difference = (one - other).abs().max().item()
+    print(f"{what} of {' and '.join(calls)} differ by {difference:.1e} at most", flush=True)
+    if not difference < tolerance:
+        raise ValueError(f"The {what} of {' and '.join(calls)} differ by {difference:.2g}: they do not do the same.")
+    return interleaved(calls, LONG_REPETITIONS)
 
 
 def check_states(s: Subject, states: dict[str, Tensor]) -> dict[str, float]:
@@ -133,12 +155,13 @@ def table(rows: list[dict]) -> str:
 def about() -> dict:
     """What the figures depend on: versions, cores, the model and the prompts."""
     return {
-        "versions": {name: version(name) for name in ("torch", "transformers", "repeng", "nnsight")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "repeng", "nnsight")},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "model": {"layers": LAYERS, "width": WIDTH, "vocabulary": VOCABULARY, "dtype": "float32"},
         "prompts": {"n": N_PROMPTS, "tokens": LENGTHS, "batch": BATCH},
         "generation": {"prompts": GENERATE_PROMPTS, "sweep_prompts": SWEEP_PROMPTS, "new_tokens": NEW_TOKENS},
+        "training": {"pairs": RECIPE.batch_size, "steps": RECIPE.epochs, "rank": RECIPE.rank},
     }
 
 

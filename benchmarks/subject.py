@@ -1,4 +1,5 @@
-"""What is measured on: a random Llama, a tokenizer whose words are token ids, and prompts of mixed length."""
+"""What is measured on: a Llama as large as SmolLM2-135M, its weights random, a tokenizer whose words are token ids, and
+prompts of mixed length."""
 
 import math
 import random
@@ -10,9 +11,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY = 32_000
-LAYERS = 12
-WIDTH = 512
+VOCABULARY = 49_152
+LAYERS = 30
+WIDTH = 576
+HEADS = 9
 N_PROMPTS = 128
 LENGTHS = (8, 64)  # tokens, log-uniform: many short prompts, few long ones
 SEED = 0
@@ -38,10 +40,11 @@ def subject() -> Subject:
 
 
 def random_llama() -> LlamaForCausalLM:
-    """A Llama of 71 million random weights, in float32, for evaluation; no token ends a sequence."""
+    """A Llama of 135 million random weights, in float32, for evaluation; no token ends a sequence."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1376, num_hidden_layers=LAYERS,
-        num_attention_heads=8, max_position_embeddings=512, pad_token_id=PAD, bos_token_id=None, eos_token_id=None,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1536, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=512,
+        pad_token_id=PAD, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config)
@@ -56,12 +59,13 @@ def random_prompts() -> list[list[int]]:
     return [[rng.randrange(PAD + 1, VOCABULARY) for _ in range(length)] for length in lengths]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A new tokenizer (contenders change its padding side) that reads the word "17" as the token id 17."""
+def tokenizer(end: str | None = None) -> PreTrainedTokenizerFast:
+    """A new tokenizer (contenders change its padding side) that reads the word "17" as the token id 17. end: the word
+    that ends an answer, if one does."""
     words = {"<pad>": PAD} | {str(i): i for i in range(PAD + 1, VOCABULARY)}
     backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
     read = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", padding_side="right", model_input_names=read
+        tokenizer_object=backend, pad_token="<pad>", eos_token=end, padding_side="right", model_input_names=read
     )
