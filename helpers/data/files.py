@@ -21,6 +21,7 @@ import pyarrow
 from pyarrow import parquet
 
 from helpers.data.naming import FORMATS, HUB_ID, SEPARATORS, is_file, refuse_folder
+from helpers.data.turns import is_message
 from helpers.lm import hub
 
 datasets.disable_progress_bars()  # they would stay in the notebooks
@@ -128,17 +129,25 @@ def _over_several_lines(text: str) -> list | None:
 
 
 def _unwrapped(record: dict) -> list:
-    """The rows of a file that is one object: a list under a name (WRAPPERS), or as many lists as there are columns."""
-    for name in WRAPPERS:
-        rows = record.get(name)
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            return rows
+    """The rows of a file that is one object: a list under a name (WRAPPERS, or the only one), or as many lists as there
+    are columns, or as many objects of rows' names, as pandas writes them."""
+    listed = {name: rows for name, rows in record.items() if isinstance(rows, list) and _are_rows(rows)}
+    for name in (*WRAPPERS, *(listed if len(record) == 1 else ())):
+        if name in listed:
+            return listed[name]
     columns = list(record.values())
+    if columns and all(isinstance(column, dict) for column in columns) and len(set(map(frozenset, columns))) == 1:
+        return [{name: column[row] for name, column in record.items()} for row in columns[0]]
     if all(isinstance(column, list) and not any(isinstance(one, dict) for one in column) for column in columns) and (
         len(set(map(len, columns))) == 1
     ):
         return [dict(zip(record, row)) for row in zip(*columns)]
     return [record]
+
+
+def _are_rows(listed: list) -> bool:
+    """Whether these are objects, and no messages of one row."""
+    return bool(listed) and all(isinstance(one, dict) for one in listed) and not all(map(is_message, listed))
 
 
 def _parsed(text: str, line: int, path: Path):

@@ -33,9 +33,10 @@ def _in_a_list(answers: list, label) -> tuple:
 
 def _by_number(answers: list, label) -> tuple:
     """PKU-SafeRLHF's: the number of the preferred one."""
-    if label not in (0, 1):
+    number = _label(label)
+    if number not in (0, 1):
         raise Unusable("no number of the preferred answer")
-    return answers[int(label)], answers[1 - int(label)]
+    return answers[int(number)], answers[1 - int(number)]
 
 
 def _first_if_one(answers: list, label) -> tuple:
@@ -45,11 +46,12 @@ def _first_if_one(answers: list, label) -> tuple:
 
 def _by_sign(answers: list, label) -> tuple:
     """HelpSteer's: below zero where the first is preferred."""
-    if not _is_number(label):
+    number = _number(label)
+    if number is None:
         raise Unusable("no number of the preferred answer")
-    if label == 0:
+    if number == 0:
         raise Unusable("answers as good as each other")
-    return _by_number(answers, int(label > 0))
+    return _by_number(answers, int(number > 0))
 
 
 def best_and_worst(text: str, by: str, sign: int) -> Callable[[list, object], tuple]:
@@ -57,19 +59,32 @@ def best_and_worst(text: str, by: str, sign: int) -> Callable[[list, object], tu
 
     def choose(answers: list, label) -> tuple:
         listed = answers[0] if isinstance(answers[0], list) else []
-        rated = [one for one in listed if isinstance(one, dict) and _is_number(one.get(by))]
-        rated.sort(key=lambda one: -sign * one[by])
+        numbers = [(_number(one.get(by)), one.get(text)) for one in listed if isinstance(one, dict)]
+        rated = sorted((one for one in numbers if one[0] is not None), key=lambda one: -sign * one[0])
         if len(rated) < 2:
             raise Unusable("fewer than two ranked answers")
-        if rated[0][by] == rated[-1][by]:
+        if rated[0][0] == rated[-1][0]:
             raise Unusable("answers all of one rank")
-        return rated[0].get(text), rated[-1].get(text)
+        return rated[0][1], rated[-1][1]
 
     return choose
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+def _number(value) -> float | None:
+    """A number, or a text that is one, as tables hold them; None for all else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value == value else None
+
+
+def _label(value) -> float | None:
+    """0 or 1, or false or true, as a number or a text; any other number as it is, None for all else."""
+    if isinstance(value, str):
+        value = {"false": False, "true": True}.get(value.strip().lower(), value)
+    return float(value) if isinstance(value, bool) else _number(value)
 
 
 # --- Rows that are made of several ---
@@ -81,8 +96,9 @@ def _labelled(records: Sequence[dict]) -> list[dict]:
     for record in records:
         key = json.dumps([record.get("prompt"), *map(record.get, turns.SYSTEMS)], sort_keys=True, default=str)
         merged = by_prompt.setdefault(key, {**record, "completion": [None, None]})
-        if record.get("label") in (True, False):
-            side = 0 if record["label"] else 1
+        label = _label(record.get("label"))
+        if label in (0, 1):
+            side = 0 if label else 1
             merged["completion"][side] = merged["completion"][side] or record.get("completion")
     return list(by_prompt.values())
 
@@ -208,17 +224,23 @@ def _kind(answer) -> str:
     return "HH-RLHF's dialogues" if isinstance(answer, str) and answer.lstrip().startswith("Human:") else "messages"
 
 
+def prompt_columns(record: dict) -> tuple[str, ...]:
+    """The columns that a row's prompt is read from, whatever answers it has or lacks; none where it has none."""
+    alone = next((columns for columns in ALONE if record.get(columns[0]) is not None), None)
+    form = form_of(record)
+    return alone or (form.reads if form else ())
+
+
 def prompt_alone(record: dict) -> Row:
     """The prompt of a row, whatever answers it has or lacks. Raises Unusable."""
-    for columns in ALONE:
-        if record.get(columns[0]) is not None:
-            prompt = _prompt(columns, record)
-            asked = prompt if isinstance(prompt, str) else _up_to_the_user(prompt)
-            return turns.checked(turns.with_system(asked, record))
-    form = form_of(record)
-    if form is None:
+    columns = prompt_columns(record)
+    if not columns:
         raise Unusable("no prompt")
-    return Row(pair(form, record).prompt, "", "")
+    if columns not in ALONE:
+        return Row(pair(form_of(record), record).prompt, "", "")
+    prompt = _prompt(columns, record)
+    asked = prompt if isinstance(prompt, str) else _up_to_the_user(prompt)
+    return turns.checked(turns.with_system(asked, record))
 
 
 def _up_to_the_user(said: Sequence[Message]) -> tuple[Message, ...]:
@@ -237,6 +259,6 @@ def _prompt(columns: Sequence[str], record: dict) -> Prompt:
 def _check_scores(record: dict) -> None:
     """Raise Unusable where a row's own scores of its answers do not prefer the chosen one."""
     for names in SCORES:
-        chosen, rejected = map(record.get, names)
-        if _is_number(chosen) and _is_number(rejected) and chosen <= rejected:
+        chosen, rejected = (_number(record.get(name)) for name in names)
+        if chosen is not None and rejected is not None and chosen <= rejected:
             raise Unusable("answers scored alike" if chosen == rejected else "a chosen answer scored below the other")

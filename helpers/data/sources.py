@@ -59,27 +59,29 @@ def read(source: str) -> Rows:
 def read_prompts(source: str) -> Rows:
     """The prompts of a source alone, whatever answers it has: each once. Errors as of `read`."""
     records, columns = _records(source)
-    items, prompt_of, reads = trees.without_nesting(records), forms.prompt_alone, {*turns.SYSTEMS}
+    items, prompt_of = trees.without_nesting(records), forms.prompt_alone
     if trees.are_trees(items):
         items, pair = trees.pairs(items)
         prompt_of, reads = lambda item: Row(pair(item).prompt, "", ""), trees.READS
-    reads = reads | {name for names in forms.ALONE for name in names}
+    else:
+        reads = {*turns.SYSTEMS} | {name for item in items for name in forms.prompt_columns(item)}
     return _not_empty(_kept("prompts alone", items, prompt_of, columns, reads), source)
 
 
-def _records(source: str) -> tuple[list[dict], list[str]]:
-    """The rows of a source, the names of their columns in lower case, and the columns as they are named there."""
+def _records(source: str) -> tuple[list[dict], dict[str, str]]:
+    """The rows of a source, and its columns: {the name there: the one that the rows have it under}, which is in lower
+    case, and nothing for a column that another is taken for."""
     path, read_columns = local_file(source), forms.columns_read() | trees.READS
     records, columns = from_hub(source, read_columns) if path is None else rows_of(path, read_columns)
     if not records:
         raise ValueError(f"The data {source} hold no rows: give {ACCEPTED}.")
     exact = {name for name in columns if name == name.lower()}
-    named = {name: name.lower() for name in columns if name.lower() == name or name.lower() not in exact}
-    return [{named[name]: value for name, value in row.items() if name in named} for row in records], columns
+    named = {name: name.lower() if name in exact or name.lower() not in exact else "" for name in columns}
+    return [{named[name]: value for name, value in row.items() if named[name]} for row in records], named
 
 
 def _kept(
-    form: str, items: list, row_of: Callable[..., Row], columns: list[str], reads: Collection[str], others: int = 0
+    form: str, items: list, row_of: Callable[..., Row], columns: dict[str, str], reads: Collection[str], others: int = 0
 ) -> Rows:
     """The row of each item, the first of each prompt; `others` are rows of another form."""
     kept, set_aside = {}, Counter({turns.MISSING: others} if others else {})
@@ -91,7 +93,7 @@ def _kept(
             kept[row.prompt] = row
         except Unusable as reason:
             set_aside[str(reason)] += 1
-    unread = tuple(name for name in columns if name.lower() not in reads)
+    unread = tuple(name for name, key in columns.items() if key not in reads)
     return Rows(tuple(kept.values()), dict(set_aside), len(items) + others, form, unread)
 
 
@@ -103,7 +105,7 @@ def _not_empty(found: Rows, source: str) -> Rows:
     return found
 
 
-def _recognised(records: list[dict], source: str, columns: list[str]) -> Rows:
+def _recognised(records: list[dict], source: str, columns: dict[str, str]) -> Rows:
     """The pairs in the form of most records. Raises ValueError where there is no form."""
     records = trees.without_nesting(records)
     if trees.are_trees(records):
@@ -132,7 +134,7 @@ def _recognised(records: list[dict], source: str, columns: list[str]) -> Rows:
     return _kept(name, list(zip(items, kinds)), parse, columns, form.reads, others)
 
 
-def _nearest(columns: list[str]) -> str:
+def _nearest(columns: Collection[str]) -> str:
     """Columns that are of no form, the form that is nearest, and what they lack of it."""
     near, has = forms.nearest(columns), {column.lower() for column in columns}
     lacks = [name for name in near.needs if name not in has]
@@ -143,18 +145,24 @@ def _nearest(columns: list[str]) -> str:
     )
 
 
-def _refuse_a_prompt_elsewhere(records: list[dict], source: str, columns: list[str]) -> None:
-    """Raise ValueError where pairs have no prompt by name, and a column of sentences that may be one."""
+def _refuse_a_prompt_elsewhere(records: list[dict], source: str, columns: Collection[str]) -> None:
+    """Raise ValueError where pairs have no prompt by name, and a column of sentences or of messages that may be one."""
     for name in columns:
         if name.lower() in {"chosen", "rejected", *turns.SYSTEMS}:
             continue
-        said = [value for record in records if isinstance(value := record.get(name.lower()), str) and " " in value]
+        said = [str(value) for record in records if _may_be_a_prompt(value := record.get(name.lower()))]
         own = [record for record in records if record.get(name.lower()) in (record["chosen"], record["rejected"])]
         if 2 * len(said) > len(records) and 2 * len(set(said)) > len(said) and 2 * len(own) < len(records):
             raise ValueError(
                 f"The data {source} have a column {name!r}, which may be the prompt and is not read as one: name it "
                 "prompt, or leave it out."
             )
+
+
+def _may_be_a_prompt(value) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(turns.is_message, value))
+    return isinstance(value, str) and " " in value
 
 
 def _quoted(names) -> str:

@@ -90,16 +90,22 @@ def said(value, is_prompt: bool = False) -> str | tuple[Message, ...]:
 
 def _decoded(text: str):
     """Messages that were written as JSON, or as Python shows them, in place of the text; any other as it is."""
-    if not re.match(r"\s*\[\s*\{", text):
+    if not re.match(r"\s*(\[\s*)?\{", text):
         return text
     for parse in (json.loads, ast.literal_eval):  # the latter reads literals alone, and runs nothing
         try:
             found = parse(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, list) and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in found):
+        found = [found] if isinstance(found, dict) else found
+        if isinstance(found, list) and all(map(is_message, found)):
             return found
     return text
+
+
+def is_message(value) -> bool:
+    """Whether a value says who speaks, and what, in OpenAI's words or in ShareGPT's."""
+    return isinstance(value, dict) and any(names <= value.keys() for names in ({"role", "content"}, {"from", "value"}))
 
 
 def _message(message) -> Message:
@@ -165,7 +171,8 @@ def of_shared_text(chosen: str, rejected: str, record: dict) -> Row:
 
 def is_doubled(prompt: str, chosen: str, rejected: str) -> bool:
     """Whether both answers begin with the prompt once more. Raises Unusable where one of them does."""
-    begins = [answer.startswith(prompt) and answer[len(prompt) :][:1].isspace() for answer in (chosen, rejected)]
+    ends = len(prompt.rstrip())
+    begins = [answer.startswith(prompt) and answer[ends:][:1].isspace() for answer in (chosen, rejected)]
     if any(begins) and not all(begins):
         raise Unusable("one answer alone that begins with the prompt")
     return all(begins) and bool(prompt.strip())
@@ -173,7 +180,7 @@ def is_doubled(prompt: str, chosen: str, rejected: str) -> bool:
 
 def with_system(prompt: Prompt, record: dict) -> Prompt:
     """The prompt with the system's words of a column of their own as its first turn."""
-    told = [record[name] for name in SYSTEMS if isinstance(record.get(name), str) and record[name].strip()]
+    told = [words for name in SYSTEMS if (words := _system_words(record.get(name))).strip()]
     if not told:
         return prompt
     turns = (("user", prompt),) if isinstance(prompt, str) else prompt
@@ -182,3 +189,13 @@ def with_system(prompt: Prompt, record: dict) -> Prompt:
     if len(words) > 1:
         raise Unusable("two system prompts that disagree")
     return turns if has_one else (("system", told[0]), *turns)
+
+
+def _system_words(value) -> str:
+    """What the system says in a column of its own: a text, or one message of its."""
+    words = said(value) if value else ""
+    if isinstance(words, str):
+        return words
+    if len(words) != 1 or words[0][0] != "system" or not isinstance(words[0][1], str):
+        raise Unusable("a system prompt that is no text")
+    return words[0][1]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_sources import TREE, assistant, user
+from test_sources import TREE, assistant, system, user
 
 from helpers.data import forms, sources, trees, turns
 from helpers.data.turns import MISSING, Row
@@ -138,7 +138,7 @@ def test_a_public_form_gives_its_pair(read, name):
             {"context": "q", "response1": "a", "response2": "b", "overall_preference": 0},
             "answers as good as each other",
         ),
-        ({"context": "q", "response1": "a", "response2": "b", "overall_preference": "1"}, "no number of the preferred"),
+        ({"context": "q", "response1": "a", "response2": "b", "overall_preference": "A"}, "no number of the preferred"),
         ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "fewer than two ranked answers"),
         ({"instruction": "q", "completions": [{"response": x, "overall_score": 2} for x in "ab"]}, "all of one rank"),
         ({"prompt": "q", "completion": "a", "label": True}, "no answer of the other label to its prompt"),
@@ -149,6 +149,29 @@ def test_a_public_form_gives_its_pair(read, name):
 def test_a_row_that_names_no_preferred_answer_is_not_guessed_at(read, row, reason):
     with pytest.raises(ValueError, match=f"hold none but .*{reason}"):
         read(row)
+
+
+TABLES = {
+    "PKU-SafeRLHF": ["prompt,response_0,response_1,better_response_id", f"{ASKED},{WORST},{BEST},1"],
+    "SHP": ["history,human_ref_A,human_ref_B,labels", f"{ASKED},{WORST},{BEST},0"],
+    "HelpSteer 3": ["context,response1,response2,overall_preference", f"{ASKED},{BEST},{WORST},-2"],
+    "KTO": ["prompt,completion,label", f"{ASKED},{WORST},False", f"{ASKED},{BEST},True"],
+    "scores": ["prompt,chosen,rejected,score_chosen,score_rejected", f"{ASKED},{BEST},{WORST},5,1"],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_text_has_numbers_and_labels_too(tmp_path, name):
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(TABLES[name]))
+    assert sources.read(str(path)).rows == (Row(ASKED, BEST, WORST),)
+
+
+def test_scores_of_a_table_that_contradict_the_pair_set_it_aside(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"prompt,chosen,rejected,score_chosen,score_rejected\n{ASKED},{BEST},{WORST},1,5")
+    with pytest.raises(ValueError, match="a chosen answer scored below the other"):
+        sources.read(str(path))
 
 
 def test_rows_of_one_label_are_paired_across_rows_and_prompts_are_counted(read):
@@ -197,6 +220,16 @@ def test_a_system_prompt_of_a_column_is_the_first_turn(read, column):
         read({column: "You are a nurse.", **both})
 
 
+@pytest.mark.parametrize("words", [[system("Be brief.")], system("Be brief."), ["Be brief."]])
+def test_a_system_prompt_in_messages_is_read_as_one(read, words):
+    row = {"prompt": ASKED, "chosen": BEST, "rejected": WORST}
+    assert read(row | {"system": words}).rows == (Row((("system", "Be brief."), *TURN), BEST, WORST),)
+    for none in ([], None):
+        assert read(row | {"system": none}).rows == (Row(ASKED, BEST, WORST),)
+    with pytest.raises(ValueError, match="a system prompt that is no text"):
+        read(row | {"system": [user("Hi.")]})
+
+
 def test_one_question_under_two_systems_is_two_prompts_and_one_opening(read):
     rows = [
         {"system": f"You are a {who}.", "prompt": ASKED, "chosen": who, "rejected": "no"} for who in ("cook", "spy")
@@ -232,6 +265,9 @@ def test_a_prompt_that_both_answers_repeat_is_taken_off_and_said(read):
     assert found.rows == (Row(ASKED, BEST, WORST),)
     assert found.account["the prompt taken off the beginning of both answers"] == 1
     assert read({"prompt": "A", "chosen": "Apple", "rejected": "Apply"}).rows == (Row("A", "Apple", "Apply"),)
+    spaced = f"{ASKED} "
+    ends = read({"prompt": spaced, "chosen": spaced + BEST, "rejected": spaced + WORST})
+    assert ends.rows == (Row(spaced, BEST, WORST),)
     with pytest.raises(ValueError, match="one answer alone that begins with the prompt"):
         read({**row, "rejected": WORST})
 
@@ -246,6 +282,8 @@ def test_whole_dialogues_beside_their_prompt_are_split_once(read):
 def test_messages_that_were_written_as_text_are_messages(read, written):
     row = {"chosen": written([user(ASKED), assistant(BEST)]), "rejected": written([user(ASKED), assistant(WORST)])}
     assert read(row).rows == (Row(TURN, BEST, WORST),)
+    one = {"chosen": written(assistant(BEST)), "rejected": written(assistant(WORST))}
+    assert read({"prompt": ASKED} | one).rows == (Row(TURN, BEST, WORST),)
     listed = {"prompt": ASKED, "chosen": '[{"a": 1}]', "rejected": "[{3}]"}  # an answer may be a list of its own
     assert read(listed).rows == (Row(**listed),)
 
@@ -292,6 +330,15 @@ def test_a_column_of_sentences_that_may_be_the_prompt_is_named(read):
     assert len(read(*({**row, "asks": "the same words"} for row in rows)).rows) == 4
 
 
+def test_messages_that_may_be_the_prompt_are_named(read):
+    rows = [
+        {"messages": [user(f"Who are you, {n}?")], "chosen": f"I am {n}, Bob.", "rejected": f"I am {n}, Tim."}
+        for n in range(3)
+    ]
+    with pytest.raises(ValueError, match="have a column 'messages', which may be the prompt and is not read as one"):
+        read(*rows)
+
+
 def test_a_null_prompt_gives_way_to_the_column_that_holds_it(read):
     row = {"prompt": None, "question": ASKED, "chosen": "It is a rose", "rejected": "It is snow"}
     assert read(row).rows == (Row(ASKED, "It is a rose", "It is snow"),)
@@ -324,6 +371,13 @@ def test_prompts_alone_are_read_whatever_answers_there_are(read, row, prompt):
     assert read(row, prompts=True).rows == (Row(prompt, "", ""),)
 
 
+def test_columns_of_prompts_that_are_not_read_are_named(read):
+    found = read({"prompt": ASKED, "context": "In a garden.", "question": "Which?", "answer": "x"}, prompts=True)
+    assert found.unread == ("context", "question", "answer")
+    both = read({"prompt": ASKED, "Prompt": "Another.", "chosen": BEST, "rejected": WORST})
+    assert both.rows == (Row(ASKED, BEST, WORST),) and both.unread == ("Prompt",)
+
+
 def test_prompts_of_message_trees_are_those_of_their_pairs(read):
     pairs, alone = read(*TREE), read(*TREE, prompts=True)
     assert [row.prompt for row in alone.rows] == [row.prompt for row in pairs.rows] and len(alone.rows) == 2
@@ -353,6 +407,8 @@ PAIRS = [{"prompt": f"What is {n}?", "chosen": "A rose,\nred.", "rejected": 'So 
         ("a.json", json.dumps({"data": PAIRS}, indent=1)),
         ("a.json", json.dumps({"version": 2, "train": PAIRS, "test": PAIRS[:1]})),
         ("a.json", json.dumps({name: [row[name] for row in PAIRS] for name in PAIRS[0]})),
+        ("a.json", json.dumps({name: {str(i): row[name] for i, row in enumerate(PAIRS)} for name in PAIRS[0]})),
+        ("a.json", json.dumps({"validation": PAIRS})),
         ("a.jsonl", "\n".join(json.dumps(row, indent=2) for row in PAIRS)),
         ("a.jsonl", " ".join(json.dumps(row) for row in PAIRS)),
         ("a.csv", "prompt,chosen,rejected\n" + "".join(
