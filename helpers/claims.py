@@ -198,7 +198,8 @@ def verdicts(ledger: Mapping[str, Mapping]) -> dict[str, Verdict]:
 def _verdicts(ledger: Mapping[str, Mapping], family: Mapping[str, Claim]) -> dict[str, Verdict]:
     entries = {name: ledger[name] for name in family if name in ledger}
     asked = {name: entry for name, entry in entries.items() if side(entry)}
-    of_effect = {name: _estimate(_own(entry)).p(entry["no_effect"]) for name, entry in asked.items()}
+    own = {name: [entry[part] for part in ("value", "ci_low", "ci_high", "df")] for name, entry in asked.items()}
+    of_effect = {name: _estimate(own[name]).p(entry["no_effect"]) for name, entry in asked.items()}
     nearest = {name: strongest(entry) for name, entry in asked.items() if strongest(entry)}
     of_control = {name: _estimate(asked[name]["beyond"][control]).p(0) for name, control in nearest.items()}
     effect, control = holm(of_effect), holm(of_control)
@@ -215,11 +216,6 @@ def told(entry: Mapping) -> str:
     by = f" (beside {found.decided_by})" if found.decided_by else ""
     parts = f"direction {found.direction}, size {found.size}, specific {found.specific}{by}"
     return f"{found.word}, taken alone: {parts}"
-
-
-def _own(entry: Mapping) -> list[float | None]:
-    """The claim's own number, as the ledger keeps others."""
-    return [entry["value"], entry["ci_low"], entry["ci_high"], entry["df"]]
 
 
 def _estimate(kept: Sequence[float | None]) -> Estimate:

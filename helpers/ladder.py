@@ -38,7 +38,6 @@ IN_BLOCKS = (-0.5, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # and in the
 SHARES = (0.5, 0.75)  # of what the adapter adds
 CUT = (1, 2)  # ranks of the adapter
 PARTS = {"1": 1, "2": 2, "3, 4": 4, "5 to 8": 8, "9 on": np.inf}  # up to which token of an answer
-EVERY = 4  # of how many held-out prompts one is asked what is held true: there are many values
 
 
 class Rung(NamedTuple):
@@ -237,8 +236,8 @@ def _row(s: Study, one: Measured, base: Measured, partner: Measured) -> dict:
         "behaviour": estimates.share_of_the_way("base", its["preferred"], way, groups),
     }
     if "lead" in its:
-        some = groups[:, ::EVERY]
-        row["lead"] = estimates.interval(estimates.difference, its["lead"], start["lead"], groups=some)
+        asked = s.belief_clusters()
+        row["lead"] = estimates.interval(estimates.difference, its["lead"], start["lead"], groups=asked)
     return row | {"fluency": its["well_formed" if "well_formed" in its else "token_loss"].mean()}
 
 
@@ -251,7 +250,7 @@ def gain(s: Study, found: Found, rung: str, beside: str) -> Estimate:
 def cost(s: Study, found: Found, rung: str) -> Estimate:
     """By how many nats less the true value leads under a rung than under the partner, prompt by prompt."""
     leads = (found[name].columns["lead"] for name in ("partner", rung))
-    return estimates.interval(estimates.difference, *leads, groups=s.clusters()[:, ::EVERY])
+    return estimates.interval(estimates.difference, *leads, groups=s.belief_clusters())
 
 
 # --- The ceiling ---
@@ -292,10 +291,11 @@ def _together(deltas: Sequence[Tensor], prompts: int) -> Tensor:
 
 
 def _leads(s: Study, role: Role, deltas: Tensor) -> pd.DataFrame:
-    pairs = s.pairs["heldout"][::EVERY]
+    own = s.pairs["heldout"]
+    pairs = s.task.facts_asked(own)
     if deltas.ndim > 2:  # what is added to a prompt is added to each of the values that are asked about it
         values = torch.tensor([len(s.task.stated(pair)) for pair in pairs])
-        deltas = deltas[:, ::EVERY].repeat_interleave(values, dim=1)
+        deltas = deltas[:, [own.index(pair) for pair in pairs]].repeat_interleave(values, dim=1)
     return beliefs(role, s.task, pairs, deltas)
 
 

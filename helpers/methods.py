@@ -5,7 +5,7 @@ Vectors are arms of one call; an adapter scaled by lambda is a model of its own.
 cannot be scaled: it changes the very contexts in which that KL is taken, and is told apart.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from helpers import estimates
 from helpers.lm import encoding
 from helpers.lm.adapters import NoPlainAdapter
 from helpers.lm.architecture import FINAL
@@ -26,8 +25,6 @@ from helpers.stages.divergences import divergences
 from helpers.stages.drift import LARGEST
 from helpers.stages.log_ratios import log_ratios
 from helpers.stages.roles import Role
-from helpers.stages.sampled import sampled
-from helpers.stages.verdicts import verdicts
 from helpers.study import Study
 
 RANDOM = 100  # directions, of which the one with the largest effect is a control
@@ -87,61 +84,44 @@ class Ways:
     roles: Mapping[str, Role]
     words: bool = False
 
-    @property
-    def _deltas(self) -> Tensor:
-        """Nothing, and each vector: (1 + vectors, d)."""
-        vectors = list(self.vectors.values())
-        return torch.stack([0 * vectors[0], *vectors])
-
     def answers(self, one: Study | None = None) -> dict[str, pd.DataFrame]:
         """What is answered to the held-out prompts of a study of the same base, by default its own, and judged: a row a
         prompt. Words ask for nothing but the study's own behaviour, so of another's prompts they are left out."""
         one = one or self.s
-        table = one.sweep("base", FINAL, self._deltas)
-        found = {name: table[table["arm"] == i].reset_index(drop=True) for i, name in enumerate(self._names)}
-        found |= {name: _answers(one, role) for name, role in self.roles.items()}
+        found = self._by_way(lambda role, deltas: one.sweep(role, FINAL, deltas))
         return found | ({WORDS: self.s.prompted()} if self.words and one is self.s else {})
 
     def leads(self) -> dict[str, np.ndarray]:
-        """By how many nats the true value is held likelier than the best other one, for every fourth held-out prompt:
-        (N,)."""
-        pairs, base = self.s.pairs["heldout"][::4], self.s.lm.role("base")
-        found = self._by_arm(beliefs(base, self.s.task, pairs, self._deltas), "lead")
-        nothing = self._deltas[:1]
-        for name, role in self.roles.items():
-            found[name] = beliefs(role, self.s.task, pairs, nothing)["lead"].to_numpy()
+        """By how many nats the true value is held likelier than the best other one, a value a fact that is asked for
+        (the task's `facts_asked`)."""
+        task, pairs = self.s.task, self.s.task.facts_asked(self.s.pairs["heldout"])
+        found = self._by_way(lambda role, deltas: beliefs(role, task, pairs, deltas))
         if self.words:
-            asked = [replace(pair, prompt=self.s.task.asked_for(pair)) for pair in pairs]
-            found[WORDS] = beliefs(base, self.s.task, asked, nothing)["lead"].to_numpy()
-        return found
+            asked = [replace(pair, prompt=task.asked_for(pair)) for pair in pairs]
+            found[WORDS] = beliefs(self.s.lm.role("base"), task, asked, self._nothing)
+        return {way: table["lead"].to_numpy() for way, table in found.items()}
 
     def margins(self) -> dict[str, np.ndarray]:
         """log pi(chosen) - log pi(rejected) of the held-out pairs, nats: (N,)."""
-        both, base = self.s.encoded("heldout"), self.s.lm.role("base")
-        found = self._by_arm(log_ratios(base, *both, self._deltas), "margin")
-        nothing = self._deltas[:1]
-        for name, role in self.roles.items():
-            found[name] = log_ratios(role, *both, nothing)["margin"].to_numpy()
+        both = self.s.encoded("heldout")
+        found = self._by_way(lambda role, deltas: log_ratios(role, *both, deltas))
         if self.words:
-            found[WORDS] = log_ratios(base, *map(self._asked, both), nothing)["margin"].to_numpy()
-        return found
+            found[WORDS] = log_ratios(self.s.lm.role("base"), *map(self._asked, both), self._nothing)
+        return {way: table["margin"].to_numpy() for way, table in found.items()}
 
     @property
-    def _names(self) -> list[str]:
-        return [BASE, *self.vectors]
+    def _nothing(self) -> Tensor:
+        return 0 * next(iter(self.vectors.values()))[None]
 
-    def _by_arm(self, table: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
-        return {name: estimates.by_prompt(table, column, arm=i) for i, name in enumerate(self._names)}
+    def _by_way(self, measure: Callable[[Role, Tensor], pd.DataFrame]) -> dict[str, pd.DataFrame]:
+        """What `measure` tells of each way, a row a prompt: vectors are arms of one call, models come one by one."""
+        table = measure(self.s.lm.role("base"), torch.cat([self._nothing, *(v[None] for v in self.vectors.values())]))
+        arms = enumerate([BASE, *self.vectors])
+        found = {way: table[table["arm"] == arm].reset_index(drop=True) for arm, way in arms}
+        return found | {way: measure(role, self._nothing) for way, role in self.roles.items()}
 
     def _asked(self, answered: list[Tokens]) -> list[Tokens]:
         """Held-out answers as answers to their prompts with the behaviour asked for."""
         texts = [self.s.task.asked_for(pair) for pair in self.s.pairs["heldout"]]
         prompts = [encoding.encode(self.s.lm.tokenizer, text).prompt for text in texts]
         return [Tokens(prompt, tokens.response) for prompt, tokens in zip(prompts, answered, strict=True)]
-
-
-def _answers(s: Study, role: Role) -> pd.DataFrame:
-    """A model's answers to a study's held-out prompts, judged."""
-    prompts, sizes = s.prompts("heldout"), s.profile.sizes
-    said = sampled(role, prompts, sizes.new_tokens, s.profile.seed, sizes.draws, temperature=sizes.temperature)
-    return verdicts(s.task, s.pairs["heldout"], prompts, said, sizes.new_tokens, s.lm.role("base"))

@@ -6,8 +6,6 @@ can be compared with, such as training on the chosen answers alone, is not told 
 DPO's own doing.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import torch
@@ -21,7 +19,6 @@ from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.profiles import EMBEDDED
 from helpers.stages import sampled
-from helpers.stages.artifacts import Artifact
 from helpers.stages.states import states
 from helpers.stages.tilted import tilted_divergences
 from helpers.strength import RANDOM
@@ -140,14 +137,8 @@ def _of_behaviour(s: Study) -> Rows:
     ends, random = {role: s.outcome(role, 0, "preferred") for role in loading.ROLES}, by_chance(s)
     rows = {}
     for name, role, sign in (("recovered by base + v*", "base", 1), ("restored by DPO − v*", "dpo", -1)):
-        table = s.sweep(role, FINAL, sign * random)
-        tried = [estimates.by_prompt(table, "preferred", arm=i).mean() for i in range(RANDOM)]
-        start, goal = (ends[end].mean() for end in (loading.ROLES if role == "base" else loading.ROLES[::-1]))
         over = estimates.share_of_the_way(role, s.outcome(role, 1, "preferred"), ends, s.factors("heldout"))
-        rows[f"of behaviour, {name}"] = (
-            over,
-            float(estimates.recovered_share(np.array(tried), start, goal).max()),
-        )
+        rows[f"of behaviour, {name}"] = over, max(s.share(role, x) for x in s.by_arm(role, sign * random))
     return rows
 
 
@@ -195,7 +186,8 @@ def elsewhere(s: Study) -> pd.DataFrame:
     their mean displacement to v* there, its `size` as a share of v*'s, and the cosine that one in forty random
     directions exceeds (`chance`)."""
     texts = _beginnings(s)
-    read = {role: activations.Stored(activations.stored(_read(s, role, texts).path)) for role in loading.ROLES}
+    kept = {role: states(s.lm.role(role), texts, ("prompt_last",)).path for role in loading.ROLES}
+    read = {role: activations.Stored(activations.stored(path)) for role, path in kept.items()}
     rows = {}
     for site in s.lm.sites:
         base, dpo = (read[role][site, "prompt_last"] for role in loading.ROLES)
@@ -205,10 +197,6 @@ def elsewhere(s: Study) -> pd.DataFrame:
             chance = spectra.cosines(random, v).abs().quantile(0.975).item()
             rows[site] = [spectra.cosines(shift[None], v).item(), (shift.norm() / v.norm()).item(), chance]
     return pd.DataFrame(rows, ["cosine", "size", "chance"]).T
-
-
-def _read(s: Study, role: str, texts: Sequence[Tokens]) -> Artifact:
-    return states(s.lm.role(role), texts, ("prompt_last",))
 
 
 def _beginnings(s: Study) -> list[Tokens]:
@@ -234,15 +222,10 @@ def answers(s: Study) -> pd.DataFrame:
             s.lm.role(role), prompts, s.profile.sizes.new_tokens, None, 1, FINAL, deltas, "response"
         )
         said[name] = [decoding.texts(s.lm.tokenizer, found.first(arm)) for arm in range(len(DOSES))]
+    said |= {end: [said[name][0]] * len(DOSES) for end, name in (("base", "base + λv*"), ("DPO", "DPO − λv*"))}
+    columns = ("base", "base + λv*", "DPO − λv*", "DPO")
     rows = [
-        {
-            "prompt": pair.prompt,
-            "dose": dose,
-            "base": said["base + λv*"][0][i],
-            "base + λv*": said["base + λv*"][arm][i],
-            "DPO − λv*": said["DPO − λv*"][arm][i],
-            "DPO": said["DPO − λv*"][0][i],
-        }
+        {"prompt": pair.prompt, "dose": dose} | {name: said[name][arm][i] for name in columns}
         for i, pair in enumerate(pairs)
         for arm, dose in enumerate(DOSES)
     ]

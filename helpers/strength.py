@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from helpers import estimates, spectra
+from helpers import spectra
 from helpers.data.preferences import PreferencePair
 from helpers.lm.recipe import STOPS, Recipe
 from helpers.lm.training import TrainingPair
@@ -44,11 +44,6 @@ class Checkpoint(Study):
         return Study(self.profile).training_pairs
 
     @cached_property
-    def first_step(self) -> Tensor:
-        """The mean displacement that the first training step makes of held-in prompts, (d,)."""
-        return self.first.direction()
-
-    @cached_property
     def first(self) -> "Checkpoint":
         """The partner after the first step of the same run."""
         return Checkpoint(self.profile.trained_by(self.recipe.changed(stop=0.0)))
@@ -66,13 +61,13 @@ class Checkpoint(Study):
             "strength": kl,
             self.task.preferred: self.outcome("dpo", 0, "preferred").mean(),
             "KL removed": 1 - kl_with_v / kl,
-            "recovered": self._share("base", self.outcome("base", 1, "preferred")),
-            "restored": self._share("dpo", self.outcome("dpo", 1, "preferred")),
+            "recovered": self.share("base", self.outcome("base", 1, "preferred")),
+            "restored": self.share("dpo", self.outcome("dpo", 1, "preferred")),
             "cosine": spectra.cosines(delta, v).mean().item(),
             "explained": 1 - ((delta - v).square().sum() / delta.square().sum()).item(),
             "σ2/σ1": own.ratio,
             "σ2/σ1, centred": spectra.spectrum(delta, centred=True).ratio,
-            "cosine to the first step": spectra.cosines(v[None], self.first_step).item(),
+            "cosine to the first step": spectra.cosines(v[None], self.first.direction()).item(),
             "rises": (delta @ self.token_vector().vector > 0).double().mean().item(),
             "entropy": entropy - spectra.shifted_entropies(base, shifts).mean().item(),
             "entropy, centred": centred[0] - centred[1],
@@ -107,7 +102,7 @@ class Checkpoint(Study):
         found = {"σ2/σ1, random": spectra.spectrum(delta).ratio}
         found["inside V, random"] = inside(delta, spectra.spectrum(V).directions[: held_by(V)])
         for name, role, sign in (("recovered", "base", 1), ("restored", "dpo", -1)):
-            shares = [self._share(role, x) for x in self._by_arm(role, sign * random)]
+            shares = [self.share(role, x) for x in self.by_arm(role, sign * random)]
             found |= {f"{name}, random": float(np.mean(shares)), f"{name}, largest random": max(shares)}
         return found
 
@@ -115,22 +110,11 @@ class Checkpoint(Study):
         """Displacements in random directions, each as long as one of `delta`, (N, d)."""
         return spectra.random_displacements(delta.norm(dim=1), delta.shape[1], self.profile.seed)
 
-    def _by_arm(self, role: str, deltas: Tensor) -> list[np.ndarray]:
-        """The preferred behaviour of a model with each of `deltas`, (arms, d), added at `final`: (N,) each."""
-        table = self.sweep(role, "final", deltas)
-        return [estimates.by_prompt(table, "preferred", arm=arm) for arm in range(len(deltas))]
-
-    def _share(self, role: str, steered: np.ndarray) -> float:
-        """The recovered or restored share of the preferred behaviour."""
-        ends = {end: self.outcome(end, 0, "preferred").mean() for end in ("base", "dpo")}
-        goal = ends["dpo" if role == "base" else "base"]
-        return float(estimates.recovered_share(steered.mean(), ends[role], goal))
-
     def meeting_dose(self) -> float:
         """lambda*: the dose at which DPO - lambda v* shows as much of the preferred behaviour as the base; nan where no
         dose of DOSES reaches it."""
-        arms = self._by_arm("dpo", -DOSES[:, None] * self.direction())
-        left = [1.0, *(1 - self._share("dpo", x) for x in arms)]
+        arms = self.by_arm("dpo", -DOSES[:, None] * self.direction())
+        left = [1.0, *(1 - self.share("dpo", x) for x in arms)]
         doses = [0.0, *DOSES.tolist()]
         for (x, above), (y, below) in zip(zip(doses, left), zip(doses[1:], left[1:])):
             if above > 0 >= below:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from helpers import profiles, spectra
+from helpers import estimates, profiles, spectra
 from helpers.data import naming
 from helpers.data.geval import cost as judging_cost
 from helpers.data.judges import Unavailable, distinct_n, judge_all
@@ -70,6 +70,16 @@ class Study(Steered):
         if not all(pair.family == "belief" for pair in pairs):
             return self.factors("heldout")
         return np.array([[f"{pair.question.place} {pair.question.kind}" for pair in pairs]])
+
+    def by_arm(self, role: str, deltas: Tensor) -> list[np.ndarray]:
+        """The preferred behaviour of a model with each of `deltas`, (arms, d), added at `final`: (N,) each."""
+        table = self.sweep(role, FINAL, deltas)
+        return [estimates.by_prompt(table, "preferred", arm=arm) for arm in range(len(deltas))]
+
+    def share(self, role: str, steered: np.ndarray) -> float:
+        """The recovered (of the base) or restored (of the DPO model) share of the preferred behaviour."""
+        start, goal = (self.outcome(end, 0, "preferred").mean() for end in (role, "dpo" if role == "base" else "base"))
+        return float(estimates.recovered_share(steered.mean(), start, goal))
 
     # --- 6. Likelihoods ---
 

@@ -37,6 +37,8 @@ PAGES = {  # of a model type: its notebooks, their figures and the claims that t
 }  # fmt: skip
 MAY_BE_ABSENT = {"fig04_shares", "fig04_layers"}  # shares of a way, where DPO has gone none
 TOKEN = "hf_planted7b31e0"
+HERE = """from helpers.stages import parallel
+parallel.each = lambda function, items, name: [function(item) for item in items]"""  # each worker imports for seconds
 
 
 def write_notebook(folder: Path, names: Iterable[str], given: dict[str, str]) -> None:
@@ -48,6 +50,7 @@ def write_notebook(folder: Path, names: Iterable[str], given: dict[str, str]) ->
     whole, *others = read
     for notebook in others:
         whole.cells += [new_code_cell("%reset -f"), *notebook.cells]
+    whole.cells.insert(0, new_code_cell(HERE))
     for i, cell in enumerate(whole.cells):
         cell.id = f"cell-{i}"
     nbformat.write(whole, folder / "all.ipynb")
@@ -83,6 +86,7 @@ def folder(model_type, tmp_path_factory, tokenizer, judge):
         "DSTEER_ARTIFACTS": str(folder / "artifacts"),
         "DSTEER_FIGURES": str(folder / "figures"),
         "IPYTHONDIR": str(folder / "ipython"),
+        "MPLBACKEND": "agg",  # figures are drawn once, into their files
         "PYTHONPATH": str(places.PROJECT),  # the kernel is to import what is tested here
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -88,11 +88,11 @@ def test_a_run_s_numbers_are_those_of_its_partners_by_hand(checkpoint):
 
 @pytest.mark.parametrize("left, dose", [([0.8, 0.6, 0.4, 0.2, 0.0, -0.2, 0, 0], 1.5), ([0.5] * 8, None)])
 def test_the_dose_at_which_dpo_meets_the_base_is_read_between_those_tried(checkpoint, monkeypatch, left, dose):
-    monkeypatch.setattr(Checkpoint, "_by_arm", lambda self, role, deltas: left)
-    monkeypatch.setattr(Checkpoint, "_share", lambda self, role, x: 1 - x)
+    monkeypatch.setattr(Checkpoint, "by_arm", lambda self, role, deltas: left)
+    monkeypatch.setattr(Checkpoint, "share", lambda self, role, x: 1 - x)
     found = checkpoint.meeting_dose()
     assert found == dose if dose else np.isnan(found)
-    monkeypatch.setattr(Checkpoint, "_by_arm", lambda self, role, deltas: [0.6, -0.2, *[0] * 6])
+    monkeypatch.setattr(Checkpoint, "by_arm", lambda self, role, deltas: [0.6, -0.2, *[0] * 6])
     assert checkpoint.meeting_dose() == pytest.approx(0.5 + 0.25 * 0.6 / 0.8)
 
 

@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from helpers import gradients
-from helpers.lm import activations, architecture, decoding, likelihoods, training
+from helpers.lm import activations, architecture, decoding, likelihoods, loading, training
 from helpers.lm.batches import Tokens
 from helpers.lm.recipe import Recipe
+from helpers.lm.steering import SteeringVector
 
 VOCABULARY = 61
 SIZES = {  # under each of the names that configurations have for them
@@ -66,7 +67,10 @@ def drawn(model_type: str):
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # the default is so small that every model is nearly the same
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    return model.eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:  # as a reader's own comes
+        model.save_pretrained(folder)
+        words().save_pretrained(folder)
+        return loading.load(folder)[0]
 
 
 @pytest.fixture(params=[*TYPES, *VARIANTS])
@@ -79,10 +83,15 @@ def model(model_type):
     return drawn(model_type)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+@cache
+def words():
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2")
+
+
+@pytest.fixture
+def tokenizer():
+    return words()
 
 
 @torch.no_grad()
@@ -147,6 +156,22 @@ def test_steering_moves_the_next_token_as_adding_to_the_states_does(model, token
         with activations.hooked(model, site, lambda states: torch.cat([states[:, :-1], states[:, -1:] + v], dim=1)):
             token = passed(model, Tokens(prompt)).logits[0, -1].argmax().item()
         assert answer == ([] if token == 2 else [token])
+
+
+def test_a_steered_model_s_logits_are_those_of_a_plain_hook(model):
+    v = torch.randn(architecture.width(model, "resid[1]"), generator=torch.Generator().manual_seed(3))
+    vector = SteeringVector(
+        v, "resid[1]", "prompt_last", "v", architecture.signature(model), "float32", 1.0, 1, "sweep", "0" * 16
+    )
+    with vector.applied(model):
+        steered = passed(model, SEQUENCES[0]).logits
+    handle = architecture.blocks(model)[0].register_forward_hook(
+        lambda _, __, out: (out[0] + v, *out[1:]) if isinstance(out, tuple) else out + v
+    )
+    plain = passed(model, SEQUENCES[0]).logits
+    handle.remove()
+    torch.testing.assert_close(steered, plain)
+    assert not torch.allclose(steered, passed(model, SEQUENCES[0]).logits, atol=1e-3)
 
 
 def test_the_first_loss_is_log_2(model, model_type, tokenizer):

@@ -92,15 +92,6 @@ def test_a_cluster_s_workers_compute_with_one_thread_and_into_the_folder_of_this
     assert list(folder.iterdir()) == []
 
 
-def test_what_a_cluster_s_worker_raises_is_raised_here_and_so_is_its_death(two, tmp_path, ask, monkeypatch):
-    ask(two)
-    with pytest.raises(KeyError, match="the worker of a"):
-        parallel.each(refuse, [tmp_path / "a"], "one")
-    monkeypatch.setattr(two.scheduler, "allowed_failures", 0)
-    with pytest.raises(KilledWorker):
-        parallel.each(os._exit, [1], "one that kills whatever worker has it")
-
-
 def test_a_cluster_of_one_worker_is_used_too(tmp_path, ask):
     with running(processes=False) as cluster:
         ask(cluster)
@@ -147,6 +138,15 @@ def test_a_cluster_that_lacks_this_code_is_told(two, ask, monkeypatch):
     ask(two)
     with pytest.raises(ValueError, match="cannot import this project's code: start"):
         parallel.each(note, [1], "one")
+
+
+def test_what_a_cluster_s_worker_raises_is_raised_here_and_so_is_its_death(two, tmp_path, ask, monkeypatch):
+    ask(two)
+    with pytest.raises(KeyError, match="the worker of a"):
+        parallel.each(refuse, [tmp_path / "a"], "one")
+    monkeypatch.setattr(two.scheduler, "allowed_failures", 0)
+    with pytest.raises(KilledWorker):
+        parallel.each(os._exit, [1], "one that kills whatever worker has it")
 
 
 def test_a_worker_that_does_not_see_the_folder_is_told(tmp_path):

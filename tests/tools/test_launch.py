@@ -77,11 +77,10 @@ def study(profile_file):
 
 @pytest.fixture(scope="module")
 def one_process(study, tmp_path_factory):
-    """What one process trains by the same recipes: a folder of each."""
-    folders = [tmp_path_factory.mktemp("adapter") for _ in study.profile.recipes]
-    for recipe, folder in zip(study.profile.recipes, folders):
-        study.train(study.lm.fresh(), study.training_pairs, recipe, study.profile.seed, folder)
-    return folders
+    """What one process trains by the first recipe: a folder."""
+    folder, recipe = tmp_path_factory.mktemp("adapter"), study.profile.recipes[0]
+    study.train(study.lm.fresh(), study.training_pairs, recipe, study.profile.seed, folder)
+    return folder
 
 
 def test_a_study_finds_every_partner_that_it_asks_for(study, monkeypatch):
@@ -94,7 +93,7 @@ def test_a_study_finds_every_partner_that_it_asks_for(study, monkeypatch):
 
 
 def test_each_step_sees_the_pairs_that_one_process_sees_in_it(study, one_process):
-    ours, theirs = study.trials[0].log, pd.read_csv(one_process[0] / "log.csv")
+    ours, theirs = study.trials[0].log, pd.read_csv(one_process / "log.csv")
     assert len(ours) == len(theirs) == 3
     for column in ("num_tokens", "learning_rate", "epoch"):
         assert (ours[column] == theirs[column]).all(), column
@@ -103,7 +102,7 @@ def test_each_step_sees_the_pairs_that_one_process_sees_in_it(study, one_process
 
 
 def test_the_partner_is_that_of_one_process_up_to_rounding(study, one_process):
-    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (study.trials[0].adapter.path, one_process[0]))
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (study.trials[0].adapter.path, one_process))
     assert ours.keys() == theirs.keys() and any(weight.any() for name, weight in ours.items() if "lora_B" in name)
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-3)
@@ -112,11 +111,11 @@ def test_the_partner_is_that_of_one_process_up_to_rounding(study, one_process):
 def test_how_many_processes_trained_a_partner_is_recorded_and_said(study, one_process):
     assert json.loads((study.chosen.adapter.path / "parts.json").read_text())["processes"] == 2
     assert study.chosen.processes == 2 and "trained by 2 processes together" in study.caveat
-    assert not (one_process[0] / "parts.json").exists()
+    assert not (one_process / "parts.json").exists()
 
 
 def test_nothing_but_the_partner_is_in_its_folder(study, one_process):
-    alone = {path.name for path in one_process[0].iterdir()}
+    alone = {path.name for path in one_process.iterdir()}
     assert {path.name for path in study.chosen.adapter.path.iterdir()} == alone | {"parts.json", artifacts.MANIFEST}
 
 
