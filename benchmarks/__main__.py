@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 BUILD = ROOT / "build" / "bench"
+ALONE = "steering-vectors==0.12.2"  # it asks for an older transformers than ours, and runs with this one
 
 
 def environment() -> Path:
@@ -23,6 +24,7 @@ def environment() -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--requirement", REQUIREMENTS], check=True)
+        subprocess.run([*pip, "--no-deps", ALONE], check=True)
         shutil.copyfile(REQUIREMENTS, installed)
     return python
 

@@ -24,7 +24,7 @@ def test_what_is_measured_imports_no_more_than_its_requirements():
     there = names((ROOT / "benchmarks/requirements.txt").read_text().splitlines())
     # what those bring along themselves
     missing = project - there - {"huggingface_hub", "filelock", "pandas", "pyarrow", "psutil", "gguf"}
-    assert {"scikit-learn", "papermill", "sacrebleu"} <= missing
+    assert {"seaborn", "papermill", "sacrebleu"} <= missing
     ours = ["activations", "architecture", "decoding", "exports", "likelihoods", "shared_prompts", "tilts", "training"]
     reached = set().union(*(keys._reached(f"helpers.lm.{name}")[1] for name in ours))
     assert not reached & {IMPORTED_AS.get(name, name) for name in missing}

@@ -112,8 +112,8 @@ def _could_hold(model: PreTrainedModel, layer: int | None) -> Iterator[nn.Module
 
 
 def directions(path: Path) -> dict[str, Tensor]:
-    """What another tool saved, {site: (d,)}: a GGUF control vector (repeng, llama.cpp), or steering-vectors'
-    `layer_activations`, kept as safetensors or by torch.save. No pickled code is read.
+    """What another tool saved, {site: (d,)}: a GGUF control vector (repeng, llama.cpp), or a SteeringVector of
+    steering-vectors or its `layer_activations`, by torch.save or as safetensors. No pickled code runs.
 
     Raises FileNotFoundError or ValueError that names the file.
     """
@@ -140,8 +140,20 @@ def _from_gguf(path: Path) -> dict[int, Tensor]:
     return {int(m[1]): vector for name, vector in named.items() if (m := re.fullmatch(r"direction\.(\d+)", name))}
 
 
+class _Saved:
+    """Stands in for steering-vectors' class when a file is read: it has the fields, and none of the code."""
+
+    layer_activations: dict[int, Tensor]
+    layer_type: str
+
+
 def _from_tensors(path: Path) -> dict[int, Tensor]:
-    saved = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    with torch.serialization.safe_globals([(_Saved, "steering_vectors.steering_vector.SteeringVector")]):
+        saved = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    if isinstance(saved, _Saved):
+        if saved.layer_type != "decoder_block":
+            raise ValueError(f"its vectors are for each layer's {saved.layer_type}, not for what blocks put out")
+        saved = saved.layer_activations
     return {int(layer): vector.float() for layer, vector in saved.items()}
 
 

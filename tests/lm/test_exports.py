@@ -1,6 +1,10 @@
 """Exported vectors do what the hook does, in the form that other tools read, and are refused where they cannot."""
 
 import copy
+import re
+import sys
+from dataclasses import make_dataclass
+from types import ModuleType
 
 import gguf
 import pytest
@@ -9,8 +13,10 @@ from conftest import LAYERS, WIDTH, random_ids, random_vector, tiny
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from helpers.lm import architecture, exports
+from helpers import study
+from helpers.lm import architecture, exports, loading
 from helpers.lm.steering import SteeringVector
+from helpers.places import PROJECT
 
 IDS = torch.tensor([random_ids(9, 3), random_ids(9, 4)])
 
@@ -139,6 +145,28 @@ def test_layer_activations_are_read_from_either_kind_of_file(tmp_path):
         assert list(found) == ["resid[1]", "resid[3]"] and torch.equal(found["resid[3]"], layers[2])
 
 
+def saved_by_steering_vectors(path, **changes):
+    """As the package's own class is saved, which is not installed here."""
+    kind = make_dataclass("SteeringVector", [("layer_activations", dict), ("layer_type", str, "decoder_block")])
+    kind.__module__ = "steering_vectors.steering_vector"
+    package, module = ModuleType("steering_vectors"), ModuleType(kind.__module__)
+    module.SteeringVector = kind
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, package.__name__, package)
+        patch.setitem(sys.modules, kind.__module__, module)
+        torch.save(kind({1: random_vector(WIDTH)}, **changes), path)
+
+
+def test_a_steering_vector_of_steering_vectors_is_read_without_its_code(tmp_path):
+    path = tmp_path / "v.pt"
+    saved_by_steering_vectors(path)
+    found = exports.directions(path)
+    assert list(found) == ["resid[2]"] and torch.equal(found["resid[2]"], random_vector(WIDTH))
+    saved_by_steering_vectors(path, layer_type="self_attn")
+    with pytest.raises(ValueError, match="for each layer's self_attn, not for what blocks put out"):
+        exports.directions(path)
+
+
 class Runs:
     def __reduce__(self):
         return print, ("code ran",)
@@ -175,6 +203,19 @@ def _other_gguf(path) -> None:
 def test_a_missing_file_of_vectors_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"v\.gguf does not exist"):
         exports.directions(tmp_path / "v.gguf")
+
+
+def test_the_lines_in_the_documents_run(tmp_path, monkeypatch, trained):
+    """On the tiny study, whose second site is in place of the documents' fourth."""
+    text = (PROJECT / "docs/models-and-data.md").read_text()
+    lines = re.search(r"## A vector elsewhere.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "load", lambda profile: trained)
+    exports.control_vector(trained.vector("resid[2]"), trained.lm.base, tmp_path / "theirs.gguf")
+    exec(lines.replace("resid[4]", "resid[2]"), {})
+    assert "resid[2]" in (tmp_path / "base-plus-v/README.md").read_text()
+    assert loading.load(tmp_path / "base-plus-v")[0].config.mlp_bias
+    assert list(exports.directions(tmp_path / "v.gguf")) == ["resid[2]"]
 
 
 def test_a_card_says_what_the_vector_is_of_and_how_it_is_added(llama):
