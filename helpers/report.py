@@ -28,6 +28,7 @@ DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)
 ASKED = 4  # prompts answered at each dose
 FIRST = 5  # tokens of unrelated texts
 FEWEST = 8  # answers that an average over one position takes
+LENGTHS = (1.0, 0.5, 0.25, -0.25, -0.5, -1.0)  # of random directions beside v_opt, 1 as strong as v*
 HARDLY_ANY = 1 - REACHED  # the share below which a sentence says so; nearly all is REACHED and more
 
 
@@ -69,9 +70,12 @@ def by_chance(s: Study) -> Tensor:
 
 def kl_by_token(s: Study) -> pd.DataFrame:
     """KL(partner || base + v) of each token of the partner's answers to held-out prompts, nats: a row an `arm`, a
-    `prompt` and a `token`. Arms are "nothing", `vectors` and `by_chance`'s, "random 0" and on. Where logits are more
-    than W h it is told of whole answers, as of token 0."""
-    arms = {"nothing": 0 * s.direction()} | vectors(s) | {f"random {i}": v for i, v in enumerate(by_chance(s))}
+    `prompt` and a `token`. Arms are "nothing", `vectors` and `by_chance`'s, "random 0" and on, which beside v_opt are
+    tried at other LENGTHS too, "random 0 × 0.5". Where logits are more than W h it is told of whole answers, as of
+    token 0."""
+    arms, random = {"nothing": 0 * s.direction()} | vectors(s), by_chance(s)
+    for length in LENGTHS if "v_opt" in arms else LENGTHS[:1]:
+        arms |= {f"random {i}" + f" × {length:g}" * (length != 1): length * v for i, v in enumerate(random)}
     deltas = torch.stack(list(arms.values()))
     if s.logits_are_products:
         answered = s.answered("dpo", s.prompts("heldout"))
@@ -83,9 +87,12 @@ def kl_by_token(s: Study) -> pd.DataFrame:
 
 def by_position(s: Study, found: pd.DataFrame) -> pd.DataFrame:
     """The mean of `kl_by_token`'s table at each position of an answer that FEWEST answers reach, with its interval over
-    prompts: a row an `arm` and a `token`, of the arms that are not random."""
-    groups, rows = s.factors("heldout"), []
-    for (arm, token), some in found[~found["arm"].str.startswith("random")].groupby(["arm", "token"]):
+    prompts: a row an `arm` and a `token`, of "nothing", `vectors` and, as "random", that of the random directions as
+    strong as v* which leaves least."""
+    groups, rows, left = s.factors("heldout"), [], found.groupby("arm")["kl"].sum()
+    best = left[[f"random {i}" for i in range(RANDOM)]].idxmin()
+    shown = found.replace({"arm": {best: "random"}})
+    for (arm, token), some in shown[~shown["arm"].str.startswith("random ")].groupby(["arm", "token"]):
         if len(some) >= FEWEST:
             over = estimates.interval(estimates.mean, some["kl"], groups=groups[:, some["prompt"]])
             rows.append({"arm": arm, "token": token, "value": over.value, "low": over.low, "high": over.high})
@@ -94,7 +101,8 @@ def by_position(s: Study, found: pd.DataFrame) -> pd.DataFrame:
 
 def shares(s: Study, found: pd.DataFrame) -> pd.DataFrame:
     """What share of the partner one vector is, a row a measure: `value`, `low`, `high` over held-out prompts, and what
-    the best of the random directions reaches, `chance`. found: `kl_by_token`'s table."""
+    the best of the random directions reaches, `chance`: beside v* as strong as it, beside v_opt at its best of LENGTHS.
+    found: `kl_by_token`'s table."""
     rows = _of_states(s) | _of_distributions(s, found) | (_of_behaviour(s) if s.task.has_judge else {})
     return pd.DataFrame({name: [*over[:3], chance] for name, (over, chance) in rows.items()}, _COLUMNS).T
 
@@ -129,8 +137,9 @@ def _of_distributions(s: Study, found: pd.DataFrame) -> Rows:
         for arm in left
         if arm != "nothing"
     }
-    chance = max(over.value for arm, over in removed.items() if arm.startswith("random"))
-    return {f"of KL, {arm}": (removed[arm], chance) for arm in ("v*", "v_opt") if arm in removed}
+    random = {arm: over.value for arm, over in removed.items() if arm.startswith("random")}
+    chance = {"v*": max(value for arm, value in random.items() if "×" not in arm), "v_opt": max(random.values())}
+    return {f"of KL, {arm}": (removed[arm], chance[arm]) for arm in chance if arm in removed}
 
 
 def _of_behaviour(s: Study) -> Rows:
@@ -152,10 +161,11 @@ def in_words(found: pd.DataFrame) -> str:
     elif best["high"] <= HARDLY_ANY:
         amount = "hardly any of"
     each = [f"{name} {_removes(*row[['value', 'low', 'high']])}" for name, row in removed.items()]
+    length = "at its best length" if "v_opt" in removed else "as strong as v*"
     return (
         f"One constant vector can be **{amount}** what training changed in this model's next-token probabilities: "
-        f"{', '.join(each)} of their divergence, and the best of {RANDOM} random directions "
-        f"{_removes(removed['v*']['chance'])}."
+        f"{', '.join(each)} of their divergence, and the best of {RANDOM} random directions, each {length}, "
+        f"{_removes(best['chance'])}."
     )
 
 
@@ -183,20 +193,22 @@ def token_changes(s: Study) -> tuple[pd.Series, float]:
 
 def elsewhere(s: Study) -> pd.DataFrame:
     """How the first tokens of texts that have nothing to do with the preferences move, a row a site: the `cosine` of
-    their mean displacement to v* there, its `size` as a share of v*'s, and the cosine that one in forty random
-    directions exceeds (`chance`)."""
+    their mean displacement to v* there, its `size` as a share of v*'s, the cosine that one in forty random directions
+    exceeds (`chance`), and the size of the mean of as long displacements in random directions (`size by chance`)."""
     texts = _beginnings(s)
     kept = {role: states(s.lm.role(role), texts, ("prompt_last",)).path for role in loading.ROLES}
     read = {role: activations.Stored(activations.stored(path)) for role, path in kept.items()}
     rows = {}
     for site in s.lm.sites:
         base, dpo = (read[role][site, "prompt_last"] for role in loading.ROLES)
-        shift, v = (dpo - base).double().mean(0), s.direction(site).double()
+        delta, v = (dpo - base).double(), s.direction(site).double()
+        shift = delta.mean(0)
         if v.norm() > 0 and shift.norm() > 0:  # the embeddings are moved by no adapter
             random = spectra.random_like(base, 50 * RANDOM, s.profile.seed)
             chance = spectra.cosines(random, v).abs().quantile(0.975).item()
-            rows[site] = [spectra.cosines(shift[None], v).item(), (shift.norm() / v.norm()).item(), chance]
-    return pd.DataFrame(rows, ["cosine", "size", "chance"]).T
+            sizes = [(length / v.norm()).item() for length in (shift.norm(), delta.norm() / len(delta))]
+            rows[site] = [spectra.cosines(shift[None], v).item(), sizes[0], chance, sizes[1]]
+    return pd.DataFrame(rows, ["cosine", "size", "chance", "size by chance"]).T
 
 
 def _beginnings(s: Study) -> list[Tokens]:
@@ -212,9 +224,11 @@ def _beginnings(s: Study) -> list[Tokens]:
 
 
 def answers(s: Study) -> pd.DataFrame:
-    """The likeliest answers to ASKED held-out prompts at each of DOSES: a row a `prompt` and a `dose`, and a column of
-    `base`, `base + λv*`, `DPO − λv*` and `DPO` each."""
-    pairs, prompts, v = s.pairs["heldout"][:ASKED], s.prompts("heldout")[:ASKED], s.direction()
+    """The likeliest answers at each of DOSES to the ASKED held-out prompts on which the partner's answers are least the
+    base's, by KL: a row a `prompt` and a `dose`, and a column of `base`, `base + λv*`, `DPO − λv*` and `DPO` each."""
+    most = np.argsort(-s.strength()[0], kind="stable")[:ASKED]
+    pairs, prompts = ([rows[i] for i in most] for rows in (s.pairs["heldout"], s.prompts("heldout")))
+    v = s.direction()
     said = {}
     for name, role, sign in (("base + λv*", "base", 1), ("DPO − λv*", "dpo", -1)):
         deltas = sign * torch.tensor(DOSES)[:, None] * v

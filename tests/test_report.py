@@ -66,7 +66,10 @@ def test_kl_adds_up_to_the_strength_of_the_partner(trained, kl):
     summed = kl.groupby(["arm", "prompt"])["kl"].sum()
     np.testing.assert_allclose(summed["nothing"], trained.strength()[0], rtol=1e-4, atol=1e-6)  # as float32 rounds it
     np.testing.assert_allclose(summed["v*"], trained.strength()[1], rtol=1e-4, atol=1e-6)  # as float32 rounds it
-    assert set(summed.index.levels[0]) == {"nothing", "v*", "v_opt", *(f"random {i}" for i in range(report.RANDOM))}
+    lengths = ["", *(f" × {length:g}" for length in report.LENGTHS[1:])]
+    random = {f"random {i}{length}" for i in range(report.RANDOM) for length in lengths}
+    assert set(summed.index.levels[0]) == {"nothing", "v*", "v_opt"} | random
+    assert (summed["nothing"] != summed["random 3 × -0.5"]).all()
 
 
 def test_v_opt_leaves_less_than_v_star_where_it_was_found(trained):
@@ -101,6 +104,8 @@ def test_shares_of_displacement_and_kl_are_what_they_are_called(trained, kl):
     assert found.loc["of KL, v_opt", "value"] == pytest.approx(1 - summed["v_opt"] / summed["nothing"])
     largest = 1 - summed[[f"random {i}" for i in range(report.RANDOM)]].min() / summed["nothing"]
     assert found.loc["of KL, v*", "chance"] == pytest.approx(largest)
+    largest = 1 - summed[summed.index.str.startswith("random")].min() / summed["nothing"]
+    assert found.loc["of KL, v_opt", "chance"] == pytest.approx(largest)
     told = found[~found.index.str.startswith("of behaviour")]  # of which the tiny partner shows none
     assert (
         (told["low"] <= told["value"]).all() and (told["value"] <= told["high"]).all() and len(told) == len(found) - 2
@@ -112,7 +117,11 @@ def test_an_average_by_position_is_over_the_answers_that_reach_it(trained, kl):
     some = kl[(kl["arm"] == "v*") & (kl["token"] == 1)]["kl"]
     row = found[(found["arm"] == "v*") & (found["token"] == 1)].iloc[0]
     assert row["value"] == pytest.approx(some.mean()) and row["low"] <= row["value"] <= row["high"]
-    assert set(found["arm"]) == {"nothing", "v*", "v_opt"}
+    assert set(found["arm"]) == {"nothing", "v*", "v_opt", "random"}
+    strong = kl[kl["arm"].isin([f"random {i}" for i in range(report.RANDOM)])]
+    best = strong[strong["arm"] == strong.groupby("arm")["kl"].sum().idxmin()]
+    row = found[(found["arm"] == "random") & (found["token"] == 0)].iloc[0]
+    assert row["value"] == pytest.approx(best[best["token"] == 0]["kl"].mean())
 
 
 @pytest.mark.parametrize(
@@ -120,15 +129,15 @@ def test_an_average_by_position_is_over_the_answers_that_reach_it(trained, kl):
     [(0.81, 0.95, "nearly all of"), (0.5, 0.95, "part of"), (-0.1, 0.19, "hardly any of"), (0.1, 0.3, "part of")],
 )
 def test_the_sentence_follows_from_the_interval_of_the_best_vector(low, high, said):
-    rows = {"of KL, v*": [0.1, 0.0, 0.2, 0.02], "of KL, v_opt": [(low + high) / 2, low, high, 0.02]}
-    table = pd.DataFrame(rows, ["value", "low", "high", "chance"]).T
-    assert said in report.in_words(table) and "random directions removes 2%" in report.in_words(table)
+    rows = {"of KL, v*": [0.1, 0.0, 0.2, 0.02], "of KL, v_opt": [(low + high) / 2, low, high, 0.04]}
+    words = report.in_words(pd.DataFrame(rows, ["value", "low", "high", "chance"]).T)
+    assert said in words and "random directions, each at its best length, removes 4%" in words
 
 
 def test_a_share_below_zero_is_one_that_is_added():
     rows = {"of KL, v*": [-0.27, -0.38, -0.18, -0.69]}
     said = report.in_words(pd.DataFrame(rows, ["value", "low", "high", "chance"]).T)
-    assert "v* adds 27% [18%, 38%] of" in said and "random directions adds 69%" in said
+    assert "v* adds 27% [18%, 38%] of" in said and "random directions, each as strong as v*, adds 69%" in said
 
 
 def test_tokens_are_ranked_by_what_v_star_adds_to_their_logits(trained):
@@ -140,25 +149,29 @@ def test_tokens_are_ranked_by_what_v_star_adds_to_their_logits(trained):
 
 
 def test_beginnings_of_unrelated_texts_move_as_plain_forward_passes_say(trained, plain):
-    beginnings, shift = report._beginnings(trained), []
+    beginnings, shifts = report._beginnings(trained), []
     assert max(len(tokens.prompt) for tokens in beginnings) <= report.FIRST + 1
     for tokens in beginnings:
         with torch.no_grad():
             read = [model.get_decoder()(torch.tensor([tokens.ids]))[0][0, -1] for model in plain.values()]
-        shift.append(read[1] - read[0])
-    shift, v = torch.stack(shift).mean(0), trained.direction().double()
+        shifts.append(read[1] - read[0])
+    shift, v = torch.stack(shifts).mean(0), trained.direction().double()
     found = report.elsewhere(trained).loc["final"]
     assert found["cosine"] == pytest.approx(torch.cosine_similarity(shift, v, dim=0).item(), abs=1e-4)
     assert found["size"] == pytest.approx((shift.norm() / v.norm()).item(), rel=1e-3)
     assert 0 < found["chance"] < 1
+    lengths = torch.stack([row.norm() for row in shifts])
+    assert found["size by chance"] == pytest.approx((lengths.norm() / len(shifts) / v.norm()).item(), rel=1e-3)
 
 
 def test_answers_stand_beside_each_other_at_each_dose(trained):
-    found = report.answers(trained)
+    found, kl = report.answers(trained), trained.strength()[0]
     assert len(found) == report.ASKED * len(report.DOSES)
     whole = found[found["dose"] == 1].reset_index()
+    most = [i for i in range(len(kl)) if (kl > kl[i]).sum() < report.ASKED]
+    most.sort(key=lambda i: -kl[i])
     for column, role, dose in (("base + λv*", "base", 1), ("DPO − λv*", "dpo", -1), ("DPO", "dpo", 0)):
-        assert whole[column].tolist() == trained.greedy(role, dose)["text"].tolist()[: report.ASKED]
+        assert whole[column].tolist() == trained.greedy(role, dose)["text"][most].tolist()
     nothing = found[found["dose"] == 0]
     assert (nothing["base"] == nothing["base + λv*"]).all() and (nothing["DPO"] == nothing["DPO − λv*"]).all()
 
