@@ -25,7 +25,7 @@ from helpers.strength import RANDOM
 from helpers.study import Study
 
 DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)
-ASKED = 4  # prompts answered at each dose
+ASKED, AMONG = 4, 16  # prompts answered at each dose, and how many are looked at for them
 FIRST = 5  # tokens of unrelated texts
 FEWEST = 8  # answers that an average over one position takes
 LENGTHS = (1.0, 0.5, 0.25, -0.25, -0.5, -1.0)  # of random directions beside v_opt, 1 as strong as v*
@@ -224,23 +224,23 @@ def _beginnings(s: Study) -> list[Tokens]:
 
 
 def answers(s: Study) -> pd.DataFrame:
-    """The likeliest answers at each of DOSES to the ASKED held-out prompts on which the partner's answers are least the
-    base's, by KL: a row a `prompt` and a `dose`, and a column of `base`, `base + λv*`, `DPO − λv*` and `DPO` each."""
-    most = np.argsort(-s.strength()[0], kind="stable")[:ASKED]
-    pairs, prompts = ([rows[i] for i in most] for rows in (s.pairs["heldout"], s.prompts("heldout")))
-    v = s.direction()
+    """Answers at each of DOSES, sampled with the same random numbers, to the first ASKED held-out prompts which base
+    and partner then answer differently, if so many of the first AMONG are: a row a `prompt` and a `dose`, and a column
+    of `base`, `base + λv*`, `DPO − λv*` and `DPO` each."""
+    pairs, prompts, v, sizes = s.pairs["heldout"][:AMONG], s.prompts("heldout")[:AMONG], s.direction(), s.profile.sizes
     said = {}
     for name, role, sign in (("base + λv*", "base", 1), ("DPO − λv*", "dpo", -1)):
         deltas = sign * torch.tensor(DOSES)[:, None] * v
         found = sampled.under_arms(
-            s.lm.role(role), prompts, s.profile.sizes.new_tokens, None, 1, FINAL, deltas, "response"
+            s.lm.role(role), prompts, sizes.new_tokens, s.profile.seed, 1, FINAL, deltas, "response", sizes.temperature
         )
         said[name] = [decoding.texts(s.lm.tokenizer, found.first(arm)) for arm in range(len(DOSES))]
     said |= {end: [said[name][0]] * len(DOSES) for end, name in (("base", "base + λv*"), ("DPO", "DPO − λv*"))}
     columns = ("base", "base + λv*", "DPO − λv*", "DPO")
+    alike_last = sorted(range(len(pairs)), key=lambda i: said["base"][0][i] == said["DPO"][0][i])
     rows = [
-        {"prompt": pair.prompt, "dose": dose} | {name: said[name][arm][i] for name in columns}
-        for i, pair in enumerate(pairs)
+        {"prompt": pairs[i].prompt, "dose": dose} | {name: said[name][arm][i] for name in columns}
+        for i in alike_last[:ASKED]
         for arm, dose in enumerate(DOSES)
     ]
     return pd.DataFrame(rows)

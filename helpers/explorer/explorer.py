@@ -68,7 +68,7 @@ def verdicts(task: Task, prompt: str, answer: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a reader has chosen. seed: of a sample at temperature 1, None for the greedy answer."""
+    """What a reader has chosen. seed: of a sample at the profile's temperature, None for the greedy answer."""
 
     prompt: str
     site: str

@@ -253,7 +253,7 @@ def controls(explorer: Explorer, start: Setting, prompts: Sequence[str]) -> dict
         "direction": ui.Dropdown(options=names, value=start.direction, description="direction v", layout=narrow),
         "dose": ui.FloatSlider(start.dose, min=low, max=high, step=step, description="dose λ", readout_format="+.2f",
                                layout={**wide, "max_width": "960px"}),
-        "sample": ui.Checkbox(start.seed is not None, description="sample at temperature 1 (else greedy)", indent=False,
+        "sample": ui.Checkbox(start.seed is not None, description="sample (else greedy)", indent=False,
                               layout=narrow),
         "seed": ui.BoundedIntText(start.seed or 0, min=0, max=10**6, description="seed", layout=narrow),
     }  # fmt: skip

@@ -273,7 +273,7 @@ def test_the_panel_starts_on_its_start_and_follows_every_control(e, prompt):
         ({"dose λ": -3.0}, {"dose": -3.0}),
         ({"site": "resid[1]"}, {"site": "resid[1]"}),
         ({"position": "response_mean"}, {"position": "response_mean"}),
-        ({"sample at temperature 1 (else greedy)": True, "seed": 7}, {"seed": 7}),
+        ({"sample (else greedy)": True, "seed": 7}, {"seed": 7}),
         ({"pick": "Hello!"}, {"prompt": "Hello!"}),
         ({"or type": "Hello you!"}, {"prompt": "Hello you!"}),
     ]
