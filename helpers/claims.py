@@ -88,7 +88,7 @@ def predictions(section: str) -> str:
 
 def scored(section: str, number: int, holds: bool | None, text: str) -> str:
     """One line of Markdown: whether a numbered prediction held, and by what; None is undecided (`held`). Where a number
-    of the text is not there (+nan), nobody can tell.
+    of the text is not there (nan), nobody can tell.
 
     Raises ValueError for a number that the section does not have.
     """
@@ -96,7 +96,7 @@ def scored(section: str, number: int, holds: bool | None, text: str) -> str:
     if not 1 <= number <= there_are:
         raise ValueError(f"There is no prediction {number} on {section}: predictions.toml has {there_are}.")
     word = {None: "Undecided", True: "Held", False: "Failed"}[None if holds is None else bool(holds)]
-    word = "Cannot be told" if re.search(r"[+-]nan|nan \[", text) else word
+    word = "Cannot be told" if re.search(r"\bnan\b", text) else word
     return f"{number}. **{word}.** {text}"
 
 

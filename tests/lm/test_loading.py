@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import LAYERS, WIDTH, random_ids, tiny, with_adapter
 from huggingface_hub import constants
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -176,7 +176,7 @@ def test_a_partner_that_says_what_its_base_says_is_refused(base, folder, tmp_pat
             loading.load_both(folder, partner)
 
 
-@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
 def test_an_adapter_that_adds_tokens_is_refused_in_a_sentence(folder, tmp_path, kind):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder), kind(num_virtual_tokens=2, task_type="CAUSAL_LM")
