@@ -1,4 +1,4 @@
-"""Disturb runs of the notebooks and see what is lost and what is said: `make chaos`.
+"""Disturb runs of `make figures` and see what is lost and what is said: `make chaos`.
 
 Every trial has artefacts and figures of its own below build/, so nothing of a user's is touched. Its files are compared
 with those of one undisturbed run, byte for byte. A trial fails where a file differs, where what had to be said was not,
@@ -26,7 +26,6 @@ from helpers.stages import artifacts
 
 BUILD = places.PROJECT / "build" / "chaos"  # make's folder for the profile
 TRIALS = places.PROJECT / "build" / "chaos-trials"
-RUN = ("00", "02", "04")  # notebooks' numbers: these compute in every way, and all take several times as long
 KILLS = 10
 SOON = 10  # seconds in which what a killed process had started has to end
 
@@ -50,12 +49,10 @@ class Place:
         return self.folder / "figures"
 
     def start(self, before: Sequence[str] = ()) -> subprocess.Popen:
-        """`make figures` of the notebooks there, after the words of another command. What it says goes into a file."""
+        """`make figures` there, after the words of another command. What it says goes into a file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         own = {"DSTEER_ARTIFACTS": str(self.artifacts), "DSTEER_FIGURES": str(self.figures)}
-        names = sorted(path.stem for path in (places.PROJECT / "notebooks").glob("[0-9]*.ipynb"))
-        some = " ".join(name for name in names if name.startswith(RUN))
-        command = [*before, "make", "figures", f"PROFILE={BUILD}.toml", f"NOTEBOOKS={some}"]
+        command = [*before, "make", "figures", f"PROFILE={BUILD}.toml"]
         with (self.folder / "said.txt").open("a") as said:
             return subprocess.Popen(command, cwd=places.PROJECT, env=os.environ | own, stdout=said, stderr=said)
 
