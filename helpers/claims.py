@@ -279,8 +279,10 @@ def _with_controls(entry: dict, controls, beyond, missing) -> dict:
                 f"{entry['id']}: the control {name!r} is not finite ({found}): say in `missing` why there is none."
             )
     of_controls = entry["controls"] | {name: _rounded(x) for name, x in (controls or {}).items()}
-    further = entry["beyond"] | {name: _kept(x) for name, x in (beyond or {}).items()}
-    return entry | {"controls": of_controls, "beyond": further, "missing": entry["missing"] | dict(missing or {})}
+    given = {name: _kept(x) for name, x in (beyond or {}).items()}
+    still_missing = {name: why for name, why in entry["missing"].items() if name not in given} | dict(missing or {})
+    further = {name: x for name, x in entry["beyond"].items() if name not in still_missing} | given
+    return entry | {"controls": of_controls, "beyond": further, "missing": still_missing}
 
 
 def add_controls(
