@@ -278,10 +278,14 @@ def _with_controls(entry: dict, controls, beyond, missing) -> dict:
             raise ValueError(
                 f"{entry['id']}: the control {name!r} is not finite ({found}): say in `missing` why there is none."
             )
-    of_controls = entry["controls"] | {name: _rounded(x) for name, x in (controls or {}).items()}
+    if told_twice := {*(beyond or {})} & {*(missing or {})}:
+        raise ValueError(f"{entry['id']}: the control {min(told_twice)!r} is there and missing: say one of the two.")
     given = {name: _kept(x) for name, x in (beyond or {}).items()}
     still_missing = {name: why for name, why in entry["missing"].items() if name not in given} | dict(missing or {})
     further = {name: x for name, x in entry["beyond"].items() if name not in still_missing} | given
+    gone = tuple(f"{name} " for name in still_missing)  # "SFT at equal strength"
+    of_controls = {name: x for name, x in entry["controls"].items() if not name.startswith(gone)}
+    of_controls |= {name: _rounded(x) for name, x in (controls or {}).items()}
     return entry | {"controls": of_controls, "beyond": further, "missing": still_missing}
 
 

@@ -28,7 +28,7 @@ DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)
 ASKED, AMONG = 4, 16  # prompts answered at each dose, and how many are looked at for them
 FIRST = 5  # tokens of unrelated texts
 FEWEST = 8  # answers that an average over one position takes
-LENGTHS = (1.0, 0.5, 0.25, -0.25, -0.5, -1.0)  # of random directions beside v_opt, 1 as strong as v*
+LENGTHS = (1.0, 0.5, 0.25, 0.125, -0.125, -0.25, -0.5, -1.0)  # of random directions beside v_opt, 1 as strong as v*
 HARDLY_ANY = 1 - REACHED  # the share below which a sentence says so; nearly all is REACHED and more
 
 
@@ -130,16 +130,14 @@ def _of_states(s: Study) -> Rows:
 
 
 def _of_distributions(s: Study, found: pd.DataFrame) -> Rows:
-    groups = s.factors("heldout")
-    left = found.groupby(["arm", "prompt"])["kl"].sum().unstack("arm")
-    removed = {
-        arm: estimates.interval(estimates.removed_share, left[arm], left["nothing"], groups=groups)
-        for arm in left
-        if arm != "nothing"
+    left, groups = found.groupby(["arm", "prompt"])["kl"].sum().unstack("arm"), s.factors("heldout")
+    removed = {arm: 1 - left[arm].sum() / left["nothing"].sum() for arm in left if arm.startswith("random")}
+    chance = {"v*": max(share for arm, share in removed.items() if "×" not in arm), "v_opt": max(removed.values())}
+    return {
+        f"of KL, {arm}": (estimates.interval(estimates.removed_share, left[arm], left["nothing"], groups=groups), most)
+        for arm, most in chance.items()
+        if arm in left
     }
-    random = {arm: over.value for arm, over in removed.items() if arm.startswith("random")}
-    chance = {"v*": max(value for arm, value in random.items() if "×" not in arm), "v_opt": max(random.values())}
-    return {f"of KL, {arm}": (removed[arm], chance[arm]) for arm in chance if arm in removed}
 
 
 def _of_behaviour(s: Study) -> Rows:
@@ -161,7 +159,7 @@ def in_words(found: pd.DataFrame) -> str:
     elif best["high"] <= HARDLY_ANY:
         amount = "hardly any of"
     each = [f"{name} {_removes(*row[['value', 'low', 'high']])}" for name, row in removed.items()]
-    length = "at its best length" if "v_opt" in removed else "as strong as v*"
+    length = f"at the best of {len(LENGTHS)} lengths" if "v_opt" in removed else "as strong as v*"
     return (
         f"One constant vector can be **{amount}** what training changed in this model's next-token probabilities: "
         f"{', '.join(each)} of their divergence, and the best of {RANDOM} random directions, each {length}, "
@@ -194,7 +192,8 @@ def token_changes(s: Study) -> tuple[pd.Series, float]:
 def elsewhere(s: Study) -> pd.DataFrame:
     """How the first tokens of texts that have nothing to do with the preferences move, a row a site: the `cosine` of
     their mean displacement to v* there, its `size` as a share of v*'s, the cosine that one in forty random directions
-    exceeds (`chance`), and the size of the mean of as long displacements in random directions (`size by chance`)."""
+    exceeds (`chance`), and the size, root mean square, that the mean would have if each text's tokens moved as far, all
+    in one random direction (`size by chance`)."""
     texts = _beginnings(s)
     kept = {role: states(s.lm.role(role), texts, ("prompt_last",)).path for role in loading.ROLES}
     read = {role: activations.Stored(activations.stored(path)) for role, path in kept.items()}
@@ -206,7 +205,8 @@ def elsewhere(s: Study) -> pd.DataFrame:
         if v.norm() > 0 and shift.norm() > 0:  # the embeddings are moved by no adapter
             random = spectra.random_like(base, 50 * RANDOM, s.profile.seed)
             chance = spectra.cosines(random, v).abs().quantile(0.975).item()
-            sizes = [(length / v.norm()).item() for length in (shift.norm(), delta.norm() / len(delta))]
+            of_texts = delta.view(-1, FIRST, delta.shape[1]).mean(1)
+            sizes = [(length / v.norm()).item() for length in (shift.norm(), of_texts.norm() / len(of_texts))]
             rows[site] = [spectra.cosines(shift[None], v).item(), sizes[0], chance, sizes[1]]
     return pd.DataFrame(rows, ["cosine", "size", "chance", "size by chance"]).T
 

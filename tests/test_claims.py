@@ -242,10 +242,12 @@ def test_later_controls_join_those_of_a_claim_and_change_nothing_else(figures_fo
 def test_a_control_that_comes_later_is_no_longer_missing_and_one_that_goes_is_no_longer_there(figures_folder):
     record("C5", Estimate(0.5, 0.4, 0.6))
     claims.add_controls(ATLAS, "C5", missing={"SFT": "too few seeds"})
-    there = claims.add_controls(ATLAS, "C5", beyond={"SFT": Estimate(0.2, 0.1, 0.3)})
+    there = claims.add_controls(ATLAS, "C5", {"SFT at equal strength": 0.9}, {"SFT": Estimate(0.2, 0.1, 0.3)})
     assert list(there["beyond"]) == ["SFT"] and there["missing"] == {}
     gone = claims.add_controls(ATLAS, "C5", missing={"SFT": "too few seeds"})
-    assert gone["beyond"] == {} and gone["missing"] == {"SFT": "too few seeds"}
+    assert gone["beyond"] == gone["controls"] == {} and gone["missing"] == {"SFT": "too few seeds"}
+    with pytest.raises(ValueError, match="the control 'SFT' is there and missing: say one of the two"):
+        claims.add_controls(ATLAS, "C5", beyond={"SFT": Estimate(0.2, 0.1, 0.3)}, missing={"SFT": "too few seeds"})
 
 
 def test_controls_of_a_claim_that_is_not_recorded_are_refused_and_not_written(figures_folder):

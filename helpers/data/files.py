@@ -136,8 +136,8 @@ def _unwrapped(record: dict) -> list:
         if name in listed:
             return listed[name]
     columns = list(record.values())
-    if columns and all(isinstance(column, dict) for column in columns) and len(set(map(frozenset, columns))) == 1:
-        return [{name: column[row] for name, column in record.items()} for row in columns[0]]
+    if columns and all(isinstance(column, dict) and all(map(str.isdigit, column)) for column in columns):
+        return [{name: column.get(row) for name, column in record.items()} for row in columns[0]]
     if all(isinstance(column, list) and not any(isinstance(one, dict) for one in column) for column in columns) and (
         len(set(map(len, columns))) == 1
     ):

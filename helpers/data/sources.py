@@ -160,8 +160,9 @@ def _refuse_a_prompt_elsewhere(records: list[dict], source: str, columns: Collec
 
 
 def _may_be_a_prompt(value) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(map(turns.is_message, value))
+    if isinstance(value, list | dict):
+        listed = value if isinstance(value, list) else [value]
+        return bool(listed) and all(map(turns.is_message, listed))
     return isinstance(value, str) and " " in value
 
 

@@ -73,7 +73,7 @@ def checked(prompt: Prompt, *answers: str, **more) -> Row:
 def said(value, is_prompt: bool = False) -> str | tuple[Message, ...]:
     """A text, or the turns of a conversation."""
     if isinstance(value, str):
-        value = _decoded(value)
+        value = _decoded(value, "user" if is_prompt else "assistant")
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
     if isinstance(value, str):
@@ -88,8 +88,9 @@ def said(value, is_prompt: bool = False) -> str | tuple[Message, ...]:
     return tuple(map(_message, value))
 
 
-def _decoded(text: str):
-    """Messages that were written as JSON, or as Python shows them, in place of the text; any other as it is."""
+def _decoded(text: str, speaker: str):
+    """Messages that were written as JSON, or as Python shows them, in place of the text, or a single one of a speaker;
+    any other as it is."""
     if not re.match(r"\s*(\[\s*)?\{", text):
         return text
     for parse in (json.loads, ast.literal_eval):  # the latter reads literals alone, and runs nothing
@@ -97,7 +98,8 @@ def _decoded(text: str):
             found = parse(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        found = [found] if isinstance(found, dict) else found
+        if is_message(found) and len(found) == 2 and _message(found)[0] == speaker:
+            return [found]
         if isinstance(found, list) and all(map(is_message, found)):
             return found
     return text
@@ -193,7 +195,7 @@ def with_system(prompt: Prompt, record: dict) -> Prompt:
 
 def _system_words(value) -> str:
     """What the system says in a column of its own: a text, or one message of its."""
-    words = said(value) if value else ""
+    words = said(value) if value and isinstance(value, str | list | dict) else ""
     if isinstance(words, str):
         return words
     if len(words) != 1 or words[0][0] != "system" or not isinstance(words[0][1], str):

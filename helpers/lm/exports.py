@@ -5,6 +5,7 @@ Other tools add at every position, the prompt's too; so does `SteeringVector.app
 
 import copy
 import json
+import operator
 import pickle
 import re
 from collections.abc import Iterator
@@ -123,7 +124,7 @@ def directions(path: Path) -> dict[str, Tensor]:
         found = _from_gguf(path) if path.suffix == ".gguf" else _from_tensors(path)
     except pickle.UnpicklingError:  # whose text says how to run what is in it
         raise ValueError(f"The file of vectors {path} holds more than tensors, which is not read.") from None
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError, OSError) as error:
         raise ValueError(f"The file of vectors {path} cannot be read ({str(error).splitlines()[0]}).") from error
     wrong = [n for n, v in found.items() if n < 0 or v.ndim != 1 or not v.isfinite().all()]
     if wrong or not found:
@@ -154,7 +155,7 @@ def _from_tensors(path: Path) -> dict[int, Tensor]:
         if saved.layer_type != "decoder_block":
             raise ValueError(f"its vectors are for each layer's {saved.layer_type}, not for what blocks put out")
         saved = saved.layer_activations
-    return {int(layer): vector.float() for layer, vector in saved.items()}
+    return {operator.index(int(n) if isinstance(n, str) else n): vector.float() for n, vector in saved.items()}
 
 
 def card(vector: SteeringVector, base: str) -> str:

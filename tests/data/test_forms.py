@@ -288,6 +288,20 @@ def test_messages_that_were_written_as_text_are_messages(read, written):
     assert read(listed).rows == (Row(**listed),)
 
 
+@pytest.mark.parametrize(
+    "answer", ['{"from": "GBP", "to": "USD", "value": 3}', '{"role": "admin", "content": "all"}', '{"role": "x"}']
+)
+def test_an_answer_that_is_json_of_its_own_is_kept_to_the_letter(read, answer):
+    row = {"prompt": ASKED, "chosen": answer, "rejected": "{}"}
+    assert read(row).rows == (Row(**row),)
+
+
+def test_one_row_of_messages_is_no_table(read):
+    row = {"prompt": user(ASKED), "chosen": assistant(BEST), "rejected": assistant(WORST)}
+    with pytest.raises(ValueError, match="hold no preferences in their columns 'prompt', 'chosen', 'rejected'"):
+        read(row, name="one.json")
+
+
 def test_messages_of_other_makes_are_messages(read):
     parts = {name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for name, text in
              (("chosen", BEST), ("rejected", WORST))}  # fmt: skip

@@ -154,7 +154,7 @@ def saved_by_steering_vectors(path, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, package.__name__, package)
         patch.setitem(sys.modules, kind.__module__, module)
-        torch.save(kind({1: random_vector(WIDTH)}, **changes), path)
+        torch.save(kind(**{"layer_activations": {1: random_vector(WIDTH)}} | changes), path)
 
 
 def test_a_steering_vector_of_steering_vectors_is_read_without_its_code(tmp_path):
@@ -179,6 +179,10 @@ class Runs:
         ("v.gguf", lambda path: _other_gguf(path), "it is no control vector"),
         ("v.pt", lambda path: torch.save(Runs(), path), r"v\.pt holds more than tensors, which is not read"),
         ("v.pt", lambda path: torch.save({"a": torch.ones(3)}, path), "cannot be read"),
+        ("v.pt", lambda path: torch.save([torch.ones(3)], path), "cannot be read"),
+        ("v.pt", lambda path: torch.save({1.5: torch.ones(3)}, path), "cannot be read"),
+        ("v.pt", lambda path: torch.save({1: "v"}, path), "cannot be read"),
+        ("v.pt", lambda path: saved_by_steering_vectors(path, layer_activations=3), "cannot be read"),
         ("v.pt", lambda path: torch.save({}, path), "holds no vectors after blocks"),
         ("v.pt", lambda path: torch.save({1: torch.ones(2, 3)}, path), "holds no vectors after blocks"),
         ("v.pt", lambda path: torch.save({1: torch.tensor([torch.nan])}, path), "holds no vectors after blocks"),
