@@ -187,7 +187,7 @@ def test_a_notebook_that_leaves_early_is_not_finished(tmp_path):
 
 # --- Which cells ---
 
-TASKS = {  # what tags are true of a study, beside `trained` and `ranks`
+TASKS = {  # what tags are true of a study, beside `trained`, `ranks` and `float32`
     "atlas": ("atlas", {"organism", "facts", "beliefs", "words", "families", "atlas"}),
     "another family": (("atlas", "", "atlas:belief"), {"organism", "families", "atlas"}),
     "topics": (("tinystories", "", "topics:brief"), {"real", "beliefs", "words", "families", "topics"}),
@@ -202,7 +202,7 @@ def test_a_profile_alone_tells_which_tags_apply(name):
     given, expected = TASKS[name]
     profile = profiles.load(*([given] if isinstance(given, str) else given))
     known = headless.facts(profile)
-    assert {tag for tag, holds in known.items() if holds} == expected | {"trained", "ranks"}
+    assert {tag for tag, holds in known.items() if holds} == expected | {"trained", "ranks", "float32"}
     assert all(headless.applies([tag], profile) == holds for tag, holds in known.items())
 
 
