@@ -96,8 +96,10 @@ def gallery(folder: Path) -> str:
     """A profile's page: all claims with their controls, and every figure with its caption, the paper's first."""
     paths = sorted(folder.glob("fig*.json"), key=lambda path: (not path.stem.startswith(PAPER), path.stem))
     figures = "\n".join(_figure(path.stem, json.loads(path.read_text()), folder) for path in paths)
+    page = " One page about its pair, with a dose slider: [report.html](report.html), for a browser."
+    page = page if (folder / "report.html").exists() else ""
     return (
-        f"# What `make figures PROFILE={folder.name}` drew\n\nWritten by `make readme` from the files beside it.\n\n"
+        f"# What `make figures PROFILE={folder.name}` drew\n\nWritten by `make readme` from the files beside it.{page}\n\n"
         f"## Claims\n\n{claims_table(_ledger(folder), folder)}\n\n## Figures\n\n{figures}"
     )
 
