@@ -97,9 +97,9 @@ def gallery(folder: Path) -> str:
     paths = sorted(folder.glob("fig*.json"), key=lambda path: (not path.stem.startswith(PAPER), path.stem))
     figures = "\n".join(_figure(path.stem, json.loads(path.read_text()), folder) for path in paths)
     page = " One page about its pair, with a dose slider: [report.html](report.html), for a browser."
-    page = page if (folder / "report.html").exists() else ""
+    written = "Written by `make readme` from the files beside it." + page * (folder / "report.html").exists()
     return (
-        f"# What `make figures PROFILE={folder.name}` drew\n\nWritten by `make readme` from the files beside it.{page}\n\n"
+        f"# What `make figures PROFILE={folder.name}` drew\n\n{written}\n\n"
         f"## Claims\n\n{claims_table(_ledger(folder), folder)}\n\n## Figures\n\n{figures}"
     )
 
