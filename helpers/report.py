@@ -87,11 +87,11 @@ def kl_by_token(s: Study) -> pd.DataFrame:
 
 def by_position(s: Study, found: pd.DataFrame) -> pd.DataFrame:
     """The mean of `kl_by_token`'s table at each position of an answer that FEWEST answers reach, with its interval over
-    prompts: a row an `arm` and a `token`, of "nothing", `vectors` and, as "random", that of the random directions as
-    strong as v* which leaves least."""
+    prompts: a row an `arm` and a `token`. Of random directions as strong as v* there is the one which leaves least, as
+    "random"."""
     groups, rows, left = s.factors("heldout"), [], found.groupby("arm")["kl"].sum()
-    best = left[[f"random {i}" for i in range(RANDOM)]].idxmin()
-    shown = found.replace({"arm": {best: "random"}})
+    strong = left[left.index.str.fullmatch(r"random \d+")]
+    shown = found if strong.empty else found.replace({"arm": {strong.idxmin(): "random"}})
     for (arm, token), some in shown[~shown["arm"].str.startswith("random ")].groupby(["arm", "token"]):
         if len(some) >= FEWEST:
             over = estimates.interval(estimates.mean, some["kl"], groups=groups[:, some["prompt"]])

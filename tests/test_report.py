@@ -122,6 +122,8 @@ def test_an_average_by_position_is_over_the_answers_that_reach_it(trained, kl):
     best = strong[strong["arm"] == strong.groupby("arm")["kl"].sum().idxmin()]
     row = found[(found["arm"] == "random") & (found["token"] == 0)].iloc[0]
     assert row["value"] == pytest.approx(best[best["token"] == 0]["kl"].mean())
+    others = report.by_position(trained, kl[~kl["arm"].str.startswith("random")])  # as the ladder asks
+    pd.testing.assert_frame_equal(others, found[found["arm"] != "random"].reset_index(drop=True))
 
 
 @pytest.mark.parametrize(
