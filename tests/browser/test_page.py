@@ -6,6 +6,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from helpers import widgets
+from helpers.places import PROJECT
 from tools import page
 
 ROLES = {"base": "base", "base + λv*": "steered", "DPO − λv*": "desteered", "DPO": "dpo"}
@@ -37,4 +38,21 @@ def test_the_slider_shows_the_answers_of_its_dose_without_a_kernel(browser, file
         assert f"dose {dose}" in visible.text_content() and opened.locator("label b").text_content() == dose
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     assert errors == [] and asked == [file.as_uri()]
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("figures/*/report.html")), ids=lambda path: path.parent.name)
+def test_the_pages_that_are_kept_fit_and_ask_for_nothing(browser, path, width):
+    opened, errors, asked = browser.new_page(viewport={"width": width, "height": 800}), [], []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(path.as_uri())
+    slider, visible = opened.locator("input[type=range]"), opened.locator("[data-dose]:visible")
+    whole = visible.text_content()
+    slider.press("ArrowRight")
+    assert visible.count() == 1 and visible.text_content() != whole
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    own = [url for url in asked if not url.startswith("data:")]  # the pictures within
+    assert errors == [] and own == [path.as_uri()]
     opened.close()
