@@ -19,7 +19,7 @@ from torch import Tensor
 
 from helpers import estimates, gradients, spectra
 from helpers.estimates import Estimate
-from helpers.lm import adapters, likelihoods, steering
+from helpers.lm import adapters, architecture, likelihoods, steering
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.stages import changed
@@ -32,7 +32,8 @@ from helpers.stages.tilted import nearest_vector, tilted_divergences
 from helpers.study import Study
 
 ANSWERED = {"heldin": 256, "validation": 128}  # prompts, on whose answers by the partner shifts at `final` are found,
-THROUGH = {"heldin": 128, "validation": 64}  # and vectors in the blocks, by gradients through the model
+THROUGH = {"heldin": 128, "validation": 64}  # and vectors in the blocks, by gradients through the model,
+THROUGH_A_LARGE_ONE = {"heldin": 64, "validation": 32}  # which take long on a larger one than the organism
 DOSES = tuple(np.round(np.arange(-1, 4.05, 0.1), 1).tolist())  # of v* at `final`, tried on validation prompts,
 IN_BLOCKS = (-0.5, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # and in the blocks
 SHARES = (0.5, 0.75)  # of what the adapter adds
@@ -137,12 +138,12 @@ def _in_blocks(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
 
 
 def best_in_a_block(s: Study) -> tuple[str, float]:
-    """The site in the blocks and the dose among IN_BLOCKS at which v*, added at every position, takes the base nearest
-    to the partner on validation prompts."""
-    answered, base, dpo = _answered(s, "validation", THROUGH), s.lm.role("base"), s.lm.role("dpo")
+    """The site among those swept in the blocks, and the dose among IN_BLOCKS, at which v*, added at every position,
+    takes the base nearest to the partner on validation prompts."""
+    answered, base, dpo = _through(s)["validation"], s.lm.role("base"), s.lm.role("dpo")
     nothing, left = torch.zeros_like(s.direction())[None], {}
-    for site in s.lm.sites[:-1]:
-        for dose in IN_BLOCKS if s.direction(site).any() else ():  # the embeddings are moved by no adapter
+    for site in s.swept_sites:
+        for dose in IN_BLOCKS if site != FINAL else ():
             steered = changed.with_vectors(base, {site: dose * s.direction(site)})
             left[site, dose] = divergences(steered, dpo, answered, nothing)["kl"].mean()
     return min(left, key=left.get)
@@ -150,8 +151,7 @@ def best_in_a_block(s: Study) -> tuple[str, float]:
 
 def trained_in_blocks(s: Study, sites: Sequence[str]) -> dict[str, Tensor]:
     """Vectors at sites, trained jointly by KL to the partner (stages/block_vectors.py)."""
-    answered = (_answered(s, split, THROUGH) for split in THROUGH)
-    return nearest_vectors(s.lm.role("base"), s.lm.role("dpo"), *answered, sites)
+    return nearest_vectors(s.lm.role("base"), s.lm.role("dpo"), *_through(s).values(), sites)
 
 
 # --- Of the adapter ---
@@ -173,9 +173,9 @@ def _of_the_adapter(s: Study, nothing: Tensor) -> list[Rung]:
 
 class Measured(NamedTuple):
     """A rung and what is measured of it, a number a held-out prompt, (N,): `kl`, KL(partner || rung) of the partner's
-    answer, nats; what the judge says of sampled answers; and `lead`, by how many nats the true value is ahead, of every
-    fourth prompt. heldin: the mean KL on the partner's answers to held-in prompts, on which blocks' vectors are
-    found."""
+    answer, nats; what the judge says of sampled answers; and `lead`, by how many nats the true value is ahead, a number
+    a fact that is asked about. heldin: the mean KL on the partner's answers to those held-in prompts that vectors in
+    the blocks are found on."""
 
     rung: Rung
     columns: dict[str, np.ndarray]
@@ -199,16 +199,16 @@ def _together_measured(s: Study, some: Sequence[Rung]) -> dict[str, Measured]:
     role, dpo, answered = some[0].role, s.lm.role("dpo"), s.answered("dpo", s.prompts("heldout"))
     deltas = _together([rung.deltas for rung in some], len(answered))
     tables = [divergences(role, dpo, answered, deltas), s.sweep(role, FINAL, deltas)]
-    tables += [_leads(s, role, deltas)] if s.task.has_facts else []
+    tables += [_leads(s, some)] if s.task.has_beliefs else []
     alike, heldin = [rung for rung in some if rung.deltas.ndim == 2], {}  # for every prompt
     if alike:
         arms = torch.cat([rung.deltas for rung in alike])
-        kl = divergences(role, dpo, _answered(s, "heldin", THROUGH), arms).groupby("arm")["kl"].mean()
+        kl = divergences(role, dpo, _through(s)["heldin"], arms).groupby("arm")["kl"].mean()
         heldin = {rung.name: kl[arm] for arm, rung in enumerate(alike)}
     found = {}
     for arm, rung in enumerate(some):
         its = [by_arm[by_arm["arm"] == arm].sort_values("prompt") for by_arm in tables]
-        columns = {name: column.to_numpy() for by_arm in its for name, column in by_arm.items()}
+        columns = {name: column.to_numpy() for by_arm in its if len(by_arm) for name, column in by_arm.items()}
         found[rung.name] = Measured(rung, columns, heldin.get(rung.name, np.nan))
     return found
 
@@ -270,7 +270,7 @@ def cosines_as_heard(s: Study, others: Mapping[str, Tensor]) -> pd.DataFrame:
     """How v_opt lies to other vectors at `final`, a row each: their `cosine` in the metric of the KL, by which the base
     hears a vector (`gradients.embedding_covariance`), the plain one, and the `norm` of v_opt in theirs."""
     with s.lm.playing("base") as model:
-        logps = torch.cat(likelihoods.response_distributions(model, _answered(s, "validation", THROUGH)))
+        logps = torch.cat(likelihoods.response_distributions(model, _through(s)["validation"]))
     G, v = gradients.embedding_covariance(s.lm.unembedding, logps), s.nearest_vector().double()
     rows = {}
     for name, other in others.items():
@@ -290,9 +290,16 @@ def _together(deltas: Sequence[Tensor], prompts: int) -> Tensor:
     return torch.cat([torch.cat(parts, dim=2) for parts in zip(wide, last)])
 
 
-def _leads(s: Study, role: Role, deltas: Tensor) -> pd.DataFrame:
-    own = s.pairs["heldout"]
+def _leads(s: Study, some: Sequence[Rung]) -> pd.DataFrame:
+    """What rungs of one model hold true of the facts that are asked about, a row an `arm` and a fact. Where facts are
+    asked apart from the held-out prompts, of those rungs alone that add one vector everywhere."""
+    own, role = s.pairs["heldout"], some[0].role
     pairs = s.task.facts_asked(own)
+    if not all(pair in own for pair in pairs):
+        arms = [arm for arm, rung in enumerate(some) if rung.deltas.ndim == 2]
+        found = beliefs(role, s.task, pairs, torch.cat([some[arm].deltas for arm in arms]))
+        return found.assign(arm=np.array(arms)[found["arm"]])
+    deltas = _together([rung.deltas for rung in some], len(own))
     if deltas.ndim > 2:  # what is added to a prompt is added to each of the values that are asked about it
         values = torch.tensor([len(s.task.stated(pair)) for pair in pairs])
         deltas = deltas[:, [own.index(pair) for pair in pairs]].repeat_interleave(values, dim=1)
@@ -333,3 +340,10 @@ def rank_by_token(found: pd.DataFrame) -> pd.DataFrame:
 def _answered(s: Study, split: str, most: dict[str, int]) -> list[Tokens]:
     """The partner's answers to some prompts of a split."""
     return s.answered("dpo", s.prompts(split)[: most[split]])
+
+
+def _through(s: Study) -> dict[str, list[Tokens]]:
+    """The partner's answers, by split, that vectors in the blocks are found on."""
+    with s.lm.playing("base") as model:
+        most = THROUGH if architecture.is_small(model) else THROUGH_A_LARGE_ONE
+    return {split: _answered(s, split, most) for split in most}

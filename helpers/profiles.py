@@ -27,6 +27,7 @@ FOLDER = PROJECT / "profiles"
 BUILT_IN = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 _NAMES = Annotated[tuple[str, ...], Field(strict=False)]
 _MATCHED = ("SFT", "shuffled", "reversed")
+_FAMILIES = tuple(catalogue.OF_THE_ATLAS | catalogue.OF_TOPICS | catalogue.OF_STORIES)
 EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
 
 
@@ -38,6 +39,7 @@ class Extent(Settings):
     it is added there. draws: of each prompt there. partners, stops: the controls that are trained, and the shares of a
     run at which partners are compared. seeds: of each control, at most as many as of the partner. ranks: of adapters
     that are trained beside the recipe's. every: partners at stops are measured on every so many-th held-out prompt.
+    families: the other preferences on the same base that are compared with the profile's own, every one by default.
     """
 
     random: int = Field(20, ge=5)
@@ -51,6 +53,7 @@ class Extent(Settings):
     seeds: int = Field(3, ge=1)
     every: int = Field(2, ge=1)
     ranks: Annotated[tuple[int, ...], Field(strict=False)] = (1, 32)
+    families: _NAMES | None = None
 
     @field_validator("partners")
     @classmethod
@@ -61,6 +64,16 @@ class Extent(Settings):
                 f"wanted; got {', '.join(partners)}."
             )
         return partners
+
+    @field_validator("families")
+    @classmethod
+    def _families_are_known(cls, families: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := sorted(set(families or ()) - set(_FAMILIES)):
+            raise ValueError(
+                f"extent.families names {unknown[0]!r}: there are {', '.join(_FAMILIES)}; of those on the same "
+                "base as the profile's data the named ones are compared with it, and an empty list leaves it alone."
+            )
+        return families
 
 
 class Profile(Settings):
@@ -163,6 +176,14 @@ class Profile(Settings):
     def recipes(self) -> tuple[Recipe, ...]:
         """What is tried."""
         return self.grid.recipes(self.recipe)
+
+    @property
+    def compared(self) -> dict[str, str]:
+        """{name: data} of the preferences on one base that are compared (`Extent.families`), the profile's own among
+        them, the constant ones first."""
+        wanted = self.extent.families
+        every = catalogue.compared(self.data, bool(self.dpo_model))
+        return {name: data for name, data in every.items() if wanted is None or name in wanted or data == self.data}
 
     def trained_by(self, recipe: Recipe) -> Self:
         """The same with one recipe, untried."""

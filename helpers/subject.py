@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import profiles
-from helpers.data import catalogue, tasks
+from helpers.data import tasks
 from helpers.data.preferences import PreferencePair
 from helpers.lm import architecture, encoding
 from helpers.lm.batches import Tokens
@@ -120,11 +120,6 @@ class Subject:
         answers = (atlas.plain_answer(question), start)
         whole, part = (encoding.encode(self.lm.tokenizer, question.text, answer).ids for answer in answers)
         return Tokens(whole[: next(i for i, (a, b) in enumerate(zip(whole, part)) if a != b)]), word
-
-    @cached_property
-    def compared(self) -> dict[str, str]:
-        """{name: data} of the preferences on this base that its own can be compared with, the constant ones first."""
-        return catalogue.compared(self.profile.data, bool(self.profile.dpo_model))
 
     @cached_property
     def training_pairs(self) -> list[TrainingPair]:

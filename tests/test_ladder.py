@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from helpers import estimates, ladder, spectra, study
 from helpers.ladder import Measured, Rung
 from helpers.lm import decoding, encoding, steering
 from helpers.lm.architecture import causal_lm
+from helpers.stages.beliefs import beliefs
 from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind
 from helpers.stages.tilted import tilted_divergences
 from helpers.study import Study
@@ -314,6 +316,21 @@ def test_leads_are_of_values_stated_to_the_very_prompt_that_a_shift_is_of(traine
             scores.append(logp(model, tokens, shift))
     assert len(found[name]["lead"]) == 2
     assert found[name]["lead"][1] == pytest.approx(scores[0] - max(scores[1:]), abs=2e-3)
+
+
+def test_facts_that_are_asked_apart_are_asked_under_what_is_added_everywhere(trained, rungs, found, monkeypatch):
+    """Here the same facts in other words, which no held-out prompt has."""
+    asked = [replace(pair, prompt=f"So: {pair.prompt}") for pair in trained.task.facts_asked(trained.pairs["heldout"])]
+    monkeypatch.setattr(type(trained.task), "facts_asked", lambda *_: asked)
+    everywhere, by_prompt = rungs["v*"], rungs["linear in the prompt's state"]
+    some = [by_prompt, everywhere, rungs["v_opt"]]
+    leads = ladder._leads(trained, some)
+    assert set(leads["arm"]) == {1, 2} and len(leads) == 2 * len(asked)
+    alone = beliefs(everywhere.role, trained.task, asked, everywhere.deltas)
+    np.testing.assert_allclose(leads.loc[leads["arm"] == 1, "lead"], alone["lead"], atol=1e-5)
+    told = ladder._together_measured(trained, some)
+    assert "lead" not in told[by_prompt.name].columns and len(told["v*"].columns["lead"]) == len(asked)
+    np.testing.assert_array_equal(told[by_prompt.name].columns["kl"], found[by_prompt.name]["kl"])
 
 
 def test_deltas_of_several_rungs_stay_what_each_adds():

@@ -1,6 +1,5 @@
 """Ways to steer at equal KL: each by plain forward passes, that the KL is equal, and what is measured of each."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,8 +49,7 @@ def test_another_preference_is_one_about_something_else(trained):
     assert (name, one.profile.data) == ("refusal", "atlas:refusal") and one.source == trained.source
     of_refusal = Study(PROFILE.changed(data="atlas:refusal"))
     assert methods.unlike(of_refusal)[0] == "tone"
-    alone = SimpleNamespace(compared={"pairs": "some.jsonl"}, profile=SimpleNamespace(data="some.jsonl"))
-    assert methods.unlike(alone) is None
+    assert methods.unlike(Study(PROFILE.changed(extent=PROFILE.extent.changed(families=())))) is None
 
 
 # --- Equal KL ---

@@ -81,7 +81,7 @@ def facts(profile: Profile) -> dict[str, bool]:
     from_elsewhere, atlas = naming.source_of(profile.data) is not None, profile.data.startswith(catalogue.ATLAS)
     about_tone = atlas and grammar.are_about_tone(catalogue.families(profile.data))
     topics = profile.data.startswith(naming.TOPICS)
-    several = len(catalogue.compared(profile.data, bool(profile.dpo_model))) > 1
+    several = len(profile.compared) > 1
     return {
         "organism": profile.model == EMBEDDED,  # the base is pretrained here
         "real": profile.model != EMBEDDED,

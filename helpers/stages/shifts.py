@@ -13,7 +13,8 @@ from helpers.lm.linear_shifts import LinearShift
 from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
 
-CONTEXTS = 2048  # tokens of answers that shifts are found on, and as many that choose the penalty
+CONTEXTS = 2048  # tokens of answers that shifts are found on, and as many that choose the penalty, at most
+MOST_LOGITS = 2**25  # of those contexts together: a search computes them some thousand times
 PENALTIES = (1e-1, 1e-3, 1e-4, 1e-5, 1e-6)  # of which the one that serves validation contexts best
 FEWEST = 32  # contexts that a token of the answer needs for a vector of its own
 TOKEN, PROBE, PROMPT, STATE = KINDS = ("token", "probe", "prompt", "state")  # what x(c) may be
@@ -103,11 +104,12 @@ def _of_rank(head: _Head, fit: Contexts, full: tuple[LinearShift, float], rank: 
 
 
 def _contexts(role: Role, goal: Role, W: Tensor, answered: Sequence[Tokens], sides: Tensor, seed: int) -> Contexts:
-    """CONTEXTS of a goal's answers, drawn at random, or all."""
+    """CONTEXTS of a goal's answers, drawn at random, or as many as there are, or as MOST_LOGITS allow."""
+    n = min(CONTEXTS, MOST_LOGITS // len(W))
     states, expected = _states(role, answered), _expected(goal, answered, W)
     tokens = torch.cat([torch.arange(len(h)) for h in states])
     answer = torch.repeat_interleave(torch.arange(len(states)), torch.tensor([len(h) for h in states]))
-    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:CONTEXTS].sort().values
+    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:n].sort().values
     first = torch.stack([h[0] for h in states])
     own = torch.cat(states)[drawn]
     return Contexts(own, first[answer[drawn]], expected[drawn], tokens[drawn], sides[answer[drawn]].to(own))

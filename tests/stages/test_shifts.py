@@ -59,6 +59,11 @@ def test_of_more_contexts_some_are_drawn_by_the_seed(trained, roles, given, monk
     assert torch.equal(drawn[2].tokens, whole.tokens[rows[2]]) and torch.equal(drawn[2].sides, whole.sides[rows[2]])
 
 
+def test_of_a_large_vocabulary_fewer_contexts_are_drawn(trained, roles, given, monkeypatch):
+    monkeypatch.setattr(stage, "MOST_LOGITS", 7 * len(trained.lm.unembedding) + 1)
+    assert len(stage._contexts(*roles, trained.lm.unembedding, given[0], given[2][0], 0).states) == 7
+
+
 def test_what_a_shift_may_depend_on_are_the_features_of_its_kind():
     contexts = stage.Contexts(
         *(random_vector(3, 2, seed=seed) for seed in range(3)), torch.tensor([0, 1, 5]), torch.ones(3)
