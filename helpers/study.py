@@ -192,7 +192,7 @@ class Study(Steered):
         The rows of `sweep`, with the `kind` of coefficients (spectra.KINDS) and `k`.
         """
         deltas, arms = self._rank_k(site, position)
-        return self.sweep("base", site, deltas).join(arms, on="arm")
+        return self.sweep("base", site, deltas, fluency=False).join(arms, on="arm")
 
     def _rank_k(self, site: str, position: str) -> tuple[Tensor, pd.DataFrame]:
         """What the arms of rank-k steering add at a site, (arms, N, d), and the `kind` and `k` of each. The linear map

@@ -97,5 +97,7 @@ class StoryTask(TaskBase):
 
 
 def _ends_words_with_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the space between two words is the end of the first one's token, as in TinyStories-656K."""
-    return tokenizer.decode(tokenizer("day day", add_special_tokens=False)["input_ids"][:1]).endswith(" ")
+    """Whether the space between two words is the end of the first one's token, as in TinyStories-656K, whose texts
+    begin with a space that is a token of its own."""
+    tokens = [tokenizer.decode([token]) for token in tokenizer("day day", add_special_tokens=False)["input_ids"]]
+    return any(token.strip() and token.endswith(" ") for token in tokens)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from tqdm import tqdm
 
 ROWS = 128  # contexts at a time
 
@@ -60,10 +61,12 @@ def nearest_vector(W: Tensor, base: Tensor, goal: Tensor, steps: int = 200) -> T
 
     def loss(v: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = kl_and_gradient(W, base, towards, torch.from_numpy(v).to(W))
+        bar.update()
         return value + constant.item(), gradient.double().numpy()
 
     limits = {"maxiter": steps, "ftol": 10 * torch.finfo(W.dtype).eps, "gtol": 1e-9}
-    found = minimize(loss, np.zeros(W.shape[1]), jac=True, method="L-BFGS-B", options=limits)
+    with tqdm(desc="steps towards v_opt", leave=False, delay=2) as bar:
+        found = minimize(loss, np.zeros(W.shape[1]), jac=True, method="L-BFGS-B", options=limits)
     return torch.from_numpy(found.x).float()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from helpers.lm import architecture, likelihoods, tilts
 from helpers.lm.batches import Tokens
@@ -34,7 +35,7 @@ def equally_far(role: Role, answered: Sequence[Tokens], v: Tensor, directions: T
     units = v.norm() * directions / directions.norm(dim=1, keepdim=True)
     goal, low = told(v[None]).item(), torch.full((len(units), 1), SMALLEST)
     high = torch.full_like(low, LARGEST)
-    for _ in range(HALVINGS):
+    for _ in tqdm(range(HALVINGS), desc=f"lengths of equal KL, {role.name}", leave=False, delay=2):
         middle = (low * high).sqrt()
         beyond = (told(middle * units) > goal)[:, None]
         low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)

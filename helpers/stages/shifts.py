@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from helpers.lm import architecture, likelihoods, linear_shifts, steering
 from helpers.lm.batches import Tokens
@@ -58,7 +59,7 @@ def shifts(
     fit, check = (_contexts(role, goal, head.W, *given, seed) for given in zip((heldin, validation), sides))
     tokens = max(1, int((torch.bincount(fit.tokens) >= FEWEST).sum()))
     found, chosen = {}, {}
-    for kind in KINDS:
+    for kind in tqdm(KINDS, desc=f"shifts at final towards {goal.name}, by what they depend on", leave=False, delay=2):
         full = _best(head, fit, check, kind, tokens)
         found[kind, 0], chosen[f"{kind} penalty"] = full[0], torch.tensor(full[1], dtype=torch.float64)
         if kind == STATE:
@@ -92,7 +93,7 @@ def _best(head: _Head, fit: Contexts, check: Contexts, kind: str, tokens: int) -
     """The nearest shift of a kind, its penalty the one of PENALTIES under which it serves other contexts best."""
     loss, other = map(head.loss, (fit, check))
     x, tried, start = fit.features(kind, tokens), [], None
-    for penalty in PENALTIES:
+    for penalty in tqdm(PENALTIES, desc=f"shifts that depend on the {kind}, penalties", leave=False, delay=2):
         start = linear_shifts.nearest(loss, x, head.W.shape[1], penalty, start=start)
         tried.append((other(start(check.features(kind, tokens)))[0], penalty, start))
     _, penalty, shift = min(tried, key=lambda one: one[0])

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from conftest import tiny
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers import profiles
@@ -45,10 +45,18 @@ def plain_tokenizer(tokenizer):
 
 
 def test_openings_end_in_a_space_where_words_do(storyteller, plain_tokenizer, by_length):
-    """Elsewhere a lone space is a token of its own, from which hardly any text goes on."""
-    end_spaced = Tokenizer(models.WordLevel({"day ": 0, "day": 1, "x": 2}, unk_token="x"))
-    end_spaced.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+ ?"), "isolated")
+    """Elsewhere a lone space is a token of its own, from which hardly any text goes on. TinyStories-656K's texts begin
+    with one in any case."""
+    end_spaced = Tokenizer(models.WordLevel({"day ": 0, "day": 1, " ": 2, "x": 3}, unk_token="x"))
+    end_spaced.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+ ?| "), "isolated")
     assert stories._ends_words_with_a_space(PreTrainedTokenizerFast(tokenizer_object=end_spaced))
+    end_spaced.normalizer = normalizers.Prepend(" ")
+    begun = PreTrainedTokenizerFast(tokenizer_object=end_spaced)
+    assert begun.tokenize("day day")[0] == " " and stories._ends_words_with_a_space(begun)
+    start_spaced = Tokenizer(models.WordLevel({" day": 0, "x": 1}, unk_token="x"))
+    start_spaced.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[a-z]+"), "isolated")
+    start_spaced.normalizer = normalizers.Prepend(" ")
+    assert not stories._ends_words_with_a_space(PreTrainedTokenizerFast(tokenizer_object=start_spaced))
     assert not stories._ends_words_with_a_space(plain_tokenizer)
     pairs = task_of().draw(storyteller, plain_tokenizer).pairs
     assert all(pair.prompt.endswith(".") for split in SPLITS for pair in pairs[split])
