@@ -93,10 +93,10 @@ class Ways:
 
     def leads(self) -> dict[str, np.ndarray]:
         """By how many nats the true value is held likelier than the best other one, a value a fact that is asked for
-        (the task's `facts_asked`)."""
+        (the task's `facts_asked`). Of facts that are asked apart from the preference, words ask for nothing."""
         task, pairs = self.s.task, self.s.task.facts_asked(self.s.pairs["heldout"])
         found = self._by_way(lambda role, deltas: beliefs(role, task, pairs, deltas))
-        if self.words:
+        if self.words and task.has_facts:
             asked = [replace(pair, prompt=task.asked_for(pair)) for pair in pairs]
             found[WORDS] = beliefs(self.s.lm.role("base"), task, asked, self._nothing)
         return {way: table["lead"].to_numpy() for way, table in found.items()}

@@ -1,6 +1,5 @@
 """Ways to steer at equal KL: each by plain forward passes, that the KL is equal, and what is measured of each."""
 
-
 import numpy as np
 import pytest
 import torch

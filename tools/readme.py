@@ -26,7 +26,7 @@ def rendered(text: str, root: Path) -> str:
     folder = root / "figures" / DEFAULT_PROFILE
     of_worlds = _ledger(folder) | _ledger(root / "figures" / WORLDS)  # of several worlds where they were asked
     scores = scorecard(of_worlds, claims.CLAIMS, _ledger(root / "figures" / REAL))
-    blocks = {"answers": answers(folder), "scorecard": scores, "ladder": ladder(folder)}
+    blocks = {"answers": answers(folder), "scorecard": scores, "ladder": ladder(folder, root / "figures" / REAL)}
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
@@ -73,9 +73,11 @@ def answers(folder: Path) -> str:
     return "\n".join([_row("Model", prompt), "|---|---|", *lines])
 
 
-def ladder(folder: Path) -> str:
-    """The share of KL(DPO || base) that some rungs remove, a row a family, as the ladder's figure has them."""
-    (families,) = [about["numbers"] for about in _drawn(folder) if _has_rungs(about["numbers"])]
+def ladder(folder: Path, real: Path) -> str:
+    """The share of KL(DPO || base) that some rungs remove, a row a family, as the ladder's figure has them, and of the
+    families of a real language model, where it has one."""
+    of_real = {f"{name}, SmolLM2": rungs for name, rungs in _rungs(real).items()}
+    families = _rungs(folder) | of_real
     lines = [_row("", *RUNGS.values()), "|---" * (1 + len(RUNGS)) + "|"]
     for name, rungs in families.items():
         shares = [rungs[rung]["KL"][:3] for rung in RUNGS]
@@ -83,8 +85,15 @@ def ladder(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _has_rungs(numbers: dict) -> bool:
-    return bool(numbers) and all(isinstance(its, dict) and RUNGS.keys() <= its.keys() for its in numbers.values())
+def _rungs(folder: Path) -> dict[str, dict]:
+    """By family, the rungs of a profile's figure of the ladder."""
+    drawn = (about["numbers"] for about in _drawn(folder))
+    has_rungs = (numbers for numbers in drawn if numbers and all(map(_are_rungs, numbers.values())))
+    return next(has_rungs, {})
+
+
+def _are_rungs(numbers) -> bool:
+    return isinstance(numbers, dict) and RUNGS.keys() <= numbers.keys()
 
 
 def _drawn(folder: Path) -> list[dict]:
