@@ -100,6 +100,13 @@ def test_random_displacements_keep_the_norms_and_have_no_direction():
     np.testing.assert_allclose(unit.T @ unit / 4000, np.eye(6) / 6, atol=0.015)
 
 
+def test_random_directions_like_rows_have_their_covariance_whatever_their_mean():
+    rows = random_vector(30, 4).double() * torch.tensor([1.0, 2.0, 0.5, 1.0]) + 5
+    drawn = spectra.random_like(rows, 40_000, seed=1)
+    covariance = np.cov(rows.numpy().T, ddof=0)
+    np.testing.assert_allclose(drawn.T @ drawn / len(drawn), covariance, atol=0.05 * covariance.max())
+
+
 def test_cosines_are_numpy_s():
     rows, v = random_vector(7, 5), random_vector(5, seed=1)
     R, u = rows.double().numpy(), v.double().numpy()
