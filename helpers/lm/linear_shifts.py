@@ -83,7 +83,7 @@ def nearest(
         return value + penalty * M.double().square().sum().item(), gradient.double().numpy()
 
     flat = torch.cat([part.flatten() for part in parts]).double().numpy()
-    limits = {"maxiter": steps, "maxfun": 2 * steps, "ftol": torch.finfo(x.dtype).eps, "gtol": 1e-8}
+    limits = {"maxiter": steps, "maxfun": 2 * steps, "ftol": torch.finfo(x.dtype).eps / 10, "gtol": 1e-8}
     found = minimize(objective, flat, jac=True, method="L-BFGS-B", options=limits)
     b, *factors = _unpacked(torch.from_numpy(found.x).to(x), shapes)
     M = factors[0] if rank is None else factors[0] @ factors[1]
