@@ -138,12 +138,12 @@ def _in_blocks(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
 
 
 def best_in_a_block(s: Study) -> tuple[str, float]:
-    """The site among those swept in the blocks, and the dose among IN_BLOCKS, at which v*, added at every position,
-    takes the base nearest to the partner on validation prompts."""
+    """The site in the blocks, of those swept where some are, and the dose among IN_BLOCKS, at which v*, added at every
+    position, takes the base nearest to the partner on validation prompts."""
     answered, base, dpo = _through(s)["validation"], s.lm.role("base"), s.lm.role("dpo")
     nothing, left = torch.zeros_like(s.direction())[None], {}
-    for site in s.swept_sites:
-        for dose in IN_BLOCKS if site != FINAL else ():
+    for site in [site for site in s.swept_sites if site != FINAL] or s.lm.sites[1:-1]:
+        for dose in IN_BLOCKS:
             steered = changed.with_vectors(base, {site: dose * s.direction(site)})
             left[site, dose] = divergences(steered, dpo, answered, nothing)["kl"].mean()
     return min(left, key=left.get)
@@ -248,7 +248,7 @@ def gain(s: Study, found: Found, rung: str, beside: str) -> Estimate:
 
 
 def cost(s: Study, found: Found, rung: str) -> Estimate:
-    """By how many nats less the true value leads under a rung than under the partner, prompt by prompt."""
+    """By how many nats less the true value leads under a rung than under the partner, fact by fact."""
     leads = (found[name].columns["lead"] for name in ("partner", rung))
     return estimates.interval(estimates.difference, *leads, groups=s.belief_clusters())
 

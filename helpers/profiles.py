@@ -27,7 +27,6 @@ FOLDER = PROJECT / "profiles"
 BUILT_IN = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 _NAMES = Annotated[tuple[str, ...], Field(strict=False)]
 _MATCHED = ("SFT", "shuffled", "reversed")
-_FAMILIES = tuple(catalogue.OF_THE_ATLAS | catalogue.OF_TOPICS | catalogue.OF_STORIES)
 EMBEDDED = "atlas"  # the `model` that is trained here rather than loaded
 
 
@@ -39,7 +38,7 @@ class Extent(Settings):
     it is added there. draws: of each prompt there. partners, stops: the controls that are trained, and the shares of a
     run at which partners are compared. seeds: of each control, at most as many as of the partner. ranks: of adapters
     that are trained beside the recipe's. every: partners at stops are measured on every so many-th held-out prompt.
-    families: the other preferences on the same base that are compared with the profile's own, every one by default.
+    alone: whether other preferences on the same base are left out, rather than compared with the profile's own.
     """
 
     random: int = Field(20, ge=5)
@@ -53,7 +52,7 @@ class Extent(Settings):
     seeds: int = Field(3, ge=1)
     every: int = Field(2, ge=1)
     ranks: Annotated[tuple[int, ...], Field(strict=False)] = (1, 32)
-    families: _NAMES | None = None
+    alone: bool = False
 
     @field_validator("partners")
     @classmethod
@@ -64,16 +63,6 @@ class Extent(Settings):
                 f"wanted; got {', '.join(partners)}."
             )
         return partners
-
-    @field_validator("families")
-    @classmethod
-    def _families_are_known(cls, families: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if unknown := sorted(set(families or ()) - set(_FAMILIES)):
-            raise ValueError(
-                f"extent.families names {unknown[0]!r}: there are {', '.join(_FAMILIES)}; of those on the same "
-                "base as the profile's data the named ones are compared with it, and an empty list leaves it alone."
-            )
-        return families
 
 
 class Profile(Settings):
@@ -179,11 +168,11 @@ class Profile(Settings):
 
     @property
     def compared(self) -> dict[str, str]:
-        """{name: data} of the preferences on one base that are compared (`Extent.families`), the profile's own among
-        them, the constant ones first."""
-        wanted = self.extent.families
+        """{name: data} of the preferences on one base that are compared, the constant ones first, or the profile's own
+        alone (`Extent.alone`)."""
         every = catalogue.compared(self.data, bool(self.dpo_model))
-        return {name: data for name, data in every.items() if wanted is None or name in wanted or data == self.data}
+        own = {name: data for name, data in every.items() if data == self.data}
+        return (own or {self.data.split(":")[-1]: self.data}) if self.extent.alone else every
 
     def trained_by(self, recipe: Recipe) -> Self:
         """The same with one recipe, untried."""

@@ -216,7 +216,7 @@ Stages = Callable[[Subject], object]  # asks a study for some of its stages, whi
 
 def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
     """Compute for each study what it lacks of each of some stages, by default of what partners are compared by
-    (`measure`): in processes of their own where several models fit, else, and what is alone, one after the other here.
+    (`measure`): in processes of their own where several models fit, else one after the other.
 
     Raises what `parallel.each` does, and FileNotFoundError where a cluster left nothing that this process finds.
     """
@@ -225,7 +225,7 @@ def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
     # what takes long is not left to the end
     missing.sort(key=lambda found: found[0].has(lambda study: study.chosen.adapter))
     kinds = [(type(study), study.profile, asked) for study, asked in missing]
-    if missing and _fits_beside(missing[0][0], several=len(studies) * len(stages) > 1):
+    if missing and _fits_beside(missing[0][0]):
         parallel.each(_compute, kinds, name)
         _check_found(missing, name)
     elif len(studies) == 1:  # its model may be in memory already
@@ -247,12 +247,9 @@ def _check_found(asked: Sequence[tuple[Subject, Stages]], name: str) -> None:
         )
 
 
-def _fits_beside(subject: Subject, several: bool) -> bool:
-    """Whether a study's model, or several like it, fits in processes of its own. An organism need not be made to be
-    measured, and its bytes are those of one thread wherever it is."""
-    if subject.profile.model == profiles.EMBEDDED:
-        return True
-    return several and architecture.fits_beside_another(subject.lm.base)
+def _fits_beside(subject: Subject) -> bool:
+    """Whether several models like a study's fit beside each other; an organism need not be made to be measured."""
+    return subject.profile.model == profiles.EMBEDDED or architecture.fits_beside_another(subject.lm.base)
 
 
 def _compute(kind: tuple[type[Subject], Profile, Stages]) -> None:

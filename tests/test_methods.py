@@ -48,7 +48,7 @@ def test_another_preference_is_one_about_something_else(trained):
     assert (name, one.profile.data) == ("refusal", "atlas:refusal") and one.source == trained.source
     of_refusal = Study(PROFILE.changed(data="atlas:refusal"))
     assert methods.unlike(of_refusal)[0] == "tone"
-    assert methods.unlike(Study(PROFILE.changed(extent=PROFILE.extent.changed(families=())))) is None
+    assert methods.unlike(Study(PROFILE.changed(extent=PROFILE.extent.changed(alone=True)))) is None
 
 
 # --- Equal KL ---
@@ -112,6 +112,11 @@ def test_leads_are_those_of_every_fourth_prompt(trained, directions, ways):
     every = trained.beliefs("base", directions)
     for arm, way in enumerate(ways.vectors):
         np.testing.assert_allclose(found[way], estimates.by_prompt(every, "lead", arm=arm)[::4], atol=1e-4)
+
+
+def test_words_ask_for_nothing_where_facts_are_asked_apart(trained, ways, monkeypatch):
+    monkeypatch.setattr(type(trained.task), "has_facts", False)
+    assert list(ways.leads()) == ["base", "v*", "v_token", "other", "DPO"]
 
 
 def asked(trained, i, answer):

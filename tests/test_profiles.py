@@ -153,17 +153,18 @@ def test_a_toml_file_that_extends_none_has_the_defaults_and_may_name_itself(toml
 
 
 @pytest.mark.parametrize(
-    "text, data, compared",
+    "alone, data, compared",
     [
-        ("", "atlas:tone", ["tone", "refusal", "conditional", "belief", "tone+refusal"]),
-        ('families = ["refusal", "brief"]', "atlas:belief", ["refusal", "belief"]),
-        ("families = []", "topics:brief", ["brief"]),
-        ('families = ["conditional"]', "topics:sober", ["sober", "conditional"]),
-        ('families = ["conditional"]', "owner/pairs", ["pairs"]),
+        (False, "atlas:tone", ["tone", "refusal", "conditional", "belief", "tone+refusal"]),
+        (True, "atlas:belief", ["belief"]),
+        (True, "atlas:tone+belief", ["tone+belief"]),
+        (True, "topics:brief", ["brief"]),
+        (False, "topics:sober", ["sober", "conditional", "brief"]),
+        (False, "owner/pairs", ["pairs"]),
     ],
 )
-def test_families_that_a_profile_names_are_compared_with_its_own(toml, text, data, compared):
-    one = profiles.load(toml(f"[extent]\n{text}\n"), data=data)
+def test_a_preference_is_compared_with_the_others_on_its_base_or_stands_alone(toml, alone, data, compared):
+    one = profiles.load(toml(f"[extent]\nalone = {str(alone).lower()}\n"), data=data)
     assert list(one.compared) == compared and data in one.compared.values()
 
 
@@ -232,7 +233,6 @@ def test_paths_in_a_toml_file_are_beside_it_and_hub_ids_are_left_alone(toml, tmp
         ("[sizes]\nnew_tokens = 0", "sizes.new_tokens must be at least 1, got 0"),
         ('[extent]\npartners = ["SFT"]', "extent.partners must be SFT, shuffled, reversed, beside .*; got SFT"),
         ('[extent]\nspans = ["answer"]', r"extent.spans\[0\] must be 'response', 'prompt' or 'all', got 'answer'"),
-        ('[extent]\nfamilies = ["mood"]', "extent.families names 'mood': there are tone, .*, sober, .*happy"),
         (
             "[extent]\nstops = [0.4, 1.0]",
             "extent.stops must be among 0.0, .* every stop of the grid; got 0.4, 1.0",

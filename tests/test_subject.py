@@ -148,30 +148,18 @@ def test_prepare_computes_several_stages_of_one_study_side_by_side(trained, monk
     assert [(profile, one) for _, profile, one in asked] == [(trained.profile, one) for one in stages]
     study.prepare([trained], "two sweeps", *stages)
     assert all(map(trained.has, stages))
-    monkeypatch.setattr(subject, "_fits_beside", lambda *_, **__: False)  # a large model is not loaded beside itself
+    monkeypatch.setattr(subject, "_fits_beside", lambda one: False)  # a large model is not loaded beside itself
     monkeypatch.setattr(subject, "_compute", lambda kind: pytest.fail("another study was made"))
     study.prepare([trained], "a third", lambda one: one.sweep("base", "final", 2 * directions[:1]))
 
 
 def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trained, monkeypatch):
     missing = trained.variant(labels="shuffled")
-    monkeypatch.setattr(subject, "_fits_beside", lambda *_, **__: False)
+    monkeypatch.setattr(subject, "_fits_beside", lambda one: False)
     monkeypatch.setattr(parallel, "each", lambda *_: pytest.fail("several at a time"))
     assert not missing.has(Study.measure)
     study.prepare([trained, missing], "one at a time")
     assert missing.has(Study.measure)
-
-
-def test_prepare_computes_one_study_of_a_model_from_elsewhere_here(trained, monkeypatch):
-    """With all threads, and with bars that are seen."""
-    profile, asked = trained.profile.changed(model=str(trained.source.path)), []
-    monkeypatch.setattr(subject.architecture, "fits_beside_another", lambda _: True)
-    monkeypatch.setattr(parallel, "each", lambda _, items, name: asked.append(name))
-    alone, other = Study(profile), Study(profile.changed(seed=5))
-    study.prepare([alone], "one", lambda one: one.pairs)
-    assert not asked and alone.has(lambda one: one.pairs)
-    study.prepare([alone, other], "two", lambda one: one.pairs)
-    assert asked == ["two"]
 
 
 def test_prepare_computes_other_stages_where_they_are_asked_for(trained):

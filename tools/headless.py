@@ -38,6 +38,7 @@ PUBLISHED = (DEFAULT_PROFILE, "worlds")  # whose pages are notebooks/ as they ar
 BESIDE = ("smollm2",)  # whose executed pages are committed beside their figures
 PAPERMILL_TAGS = ("parameters", "injected-parameters")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+BAR, UP = r"\d+(%\|.*|it )\[\d\d:.*\]", "\x1b[A"  # of tqdm, its end known or not; and what takes it up a line
 SHOWN_LINES = 12  # of a failed cell
 SHOWN_ERROR_LINES = 6  # of what it raised
 
@@ -165,8 +166,8 @@ def _with(outputs: list[NotebookNode], output: NotebookNode) -> list[NotebookNod
     if "text/plain" in shown:  # an object without a text of its own has its address there, beside a richer form
         shown["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", shown["text/plain"])
     if output.get("name") == "stderr":
-        pieces = re.split(r"[\r\n]+", output.text)
-        output.text = "\n".join(p for p in pieces if p.strip() and not re.search(r"\d+%\|.*\[.*\]", p))
+        pieces = re.split(r"[\r\n]+", output.text.replace(UP, ""))
+        output.text = "\n".join(p for p in pieces if p.strip() and not re.search(BAR, p))
         if not output.text:
             return outputs
     if outputs and "name" in output and outputs[-1].get("name") == output.name:

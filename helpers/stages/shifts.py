@@ -17,7 +17,7 @@ from helpers.stages.roles import Role
 CONTEXTS = 2048  # tokens of answers that shifts are found on, and as many that choose the penalty, at most
 MOST_LOGITS = 2**25  # of those contexts together: a search computes them some thousand times
 PENALTIES = (1e-1, 1e-3, 1e-4, 1e-5, 1e-6)  # of which the one that serves validation contexts best
-FEWEST = 32  # contexts that a token of the answer needs for a vector of its own
+FEWEST = 1 / 64  # of all contexts, that a token of the answer needs for a vector of its own
 TOKEN, PROBE, PROMPT, STATE = KINDS = ("token", "probe", "prompt", "state")  # what x(c) may be
 LOW_RANKS = (1, 2, 4)  # of a change of the head, beside the full one
 
@@ -57,8 +57,7 @@ def shifts(
     """
     head = _head(role)
     fit, check = (_contexts(role, goal, head.W, *given, seed) for given in zip((heldin, validation), sides))
-    tokens = max(1, int((torch.bincount(fit.tokens) >= FEWEST).sum()))
-    found, chosen = {}, {}
+    tokens, found, chosen = _of_their_own(fit.tokens), {}, {}
     for kind in tqdm(KINDS, desc=f"shifts at final towards {goal.name}, by what they depend on", leave=False, delay=2):
         full = _best(head, fit, check, kind, tokens)
         found[kind, 0], chosen[f"{kind} penalty"] = full[0], torch.tensor(full[1], dtype=torch.float64)
@@ -66,6 +65,13 @@ def shifts(
             found |= {(kind, k): _of_rank(head, fit, full, k) for k in LOW_RANKS}
     parts = {f"{kind} {rank} {name}": part for (kind, rank), shift in found.items() for name, part in _parts(shift)}
     return parts | chosen
+
+
+def _of_their_own(tokens: Tensor) -> int:
+    """How many tokens of an answer, from the first one on, are met often enough for a vector of their own, at least
+    one. tokens: which one each context predicts, (N,)."""
+    often = torch.bincount(tokens) >= FEWEST * len(tokens)
+    return max(1, int(often.long().cumprod(0).sum()))
 
 
 def of_kind(found: dict[str, Tensor], kind: str, rank: int = 0) -> LinearShift:

@@ -132,6 +132,7 @@ def test_bars_are_told_from_what_only_looks_alike():
     bar = "states, base:  40%|████      | 2/5 [00:01<00:02,  1.2it/s]"
     assert left(f"\r{bar}\r{' ' * 60}\r") == []
     assert left(f"\r{bar}\nUserWarning: 40% of [them]\n") == ["UserWarning: 40% of [them]"]
+    assert left(f"steps: 12it [00:00, 19.87it/s]\r\n{bar}\x1b[A\n\x1b[A\r{' ' * 9}\x1b[A") == []
     assert left(bar, "stdout") == [bar]  # what a cell prints is its own
 
 
