@@ -15,7 +15,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import process_executor
 from tqdm import tqdm
 
-from helpers.stages import engines
+from helpers.stages import bars, engines
 
 
 @contextmanager
@@ -30,15 +30,17 @@ def one_thread() -> Iterator[None]:
 
 
 def each(function: Callable, items: Sequence, name: str) -> None:
-    """Call `function(item)` for every item in worker processes, with a progress bar. What it raises is raised here.
+    """Call `function(item)` for every item in worker processes, with a progress bar behind which theirs are told
+    (bars.py). What it raises is raised here.
 
     Raises what `engines.engine` does, and FileNotFoundError where a cluster's worker does not see the artefact folder.
     """
     if not items:
         return
     _give_back()
-    with engines.engine(len(items)) as seen, tqdm(desc=name, total=len(items), leave=False) as bar:
-        _WithBar(bar)(delayed(_alone)(function, item, seen) for item in items)
+    total = {"total": len(items), "leave": False}
+    with engines.engine(len(items)) as seen, tqdm(desc=name, **total) as bar, bars.shown(bar) as folder:
+        _WithBar(bar)(delayed(_alone)(function, item, seen, folder) for item in items)
 
 
 class _WithBar(Parallel):
@@ -60,17 +62,12 @@ def _give_back() -> None:
         trim(0)
 
 
-def _alone(function: Callable, item, seen: Path | None) -> None:
+def _alone(function: Callable, item, seen: Path | None, folder: Path) -> None:
     if seen is not None:
         engines.look_for(seen)
     torch.set_num_threads(1)
     # loky takes memory that malloc keeps (Makefile) for a leak, and would start another worker for the items left
     process_executor._MAX_MEMORY_LEAK_SIZE = math.inf
-    shown = tqdm.__init__
-    # the bars of several processes overwrite each other
-    tqdm.__init__ = lambda self, *args, **kwargs: shown(self, *args, **(kwargs | {"disable": True}))
-    try:
+    with bars.told(folder):
         function(item)
-    finally:
-        tqdm.__init__ = shown
     _give_back()
