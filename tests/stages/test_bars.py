@@ -1,18 +1,12 @@
 """Bars of worker processes: where they stand is told in a file, and shown behind the bar of the process that waits."""
 
 import os
-import time
 from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
 
-from helpers.stages import bars, parallel
-
-
-def count_slowly(item):
-    for _ in tqdm(range(3), desc=f"within {item}", mininterval=0):
-        time.sleep(0.7)
+from helpers.stages import bars
 
 
 def methods():
@@ -44,11 +38,3 @@ def test_bars_are_as_they_were_after_what_fails(tmp_path):
 def test_a_line_says_how_far_a_bar_is(n, total, elapsed, text):
     about = {"rate": None, "elapsed": elapsed}
     assert bars.line(SimpleNamespace(desc="x: ", n=n, total=total, format_dict=about)) == text
-
-
-def test_what_workers_tell_is_shown_behind_the_bar(monkeypatch):
-    shown = []
-    monkeypatch.setattr(bars, "EVERY", 0.1)
-    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
-    parallel.each(count_slowly, ["a", "b"], "two")
-    assert any("within a 1/3" in text and "within b" in text for text in shown)

@@ -13,7 +13,7 @@ import torch
 from threadpoolctl import threadpool_info
 from tqdm import tqdm
 
-from helpers.stages import artifacts, parallel
+from helpers.stages import artifacts, bars, parallel
 
 
 def note(path):
@@ -32,6 +32,11 @@ def keep_memory(path):
     note(path)
     kept.append(b"x" * 320_000_000)
     time.sleep(1.1)
+
+
+def count_slowly(item):
+    for _ in tqdm(range(3), desc=f"within {item}", mininterval=0):
+        time.sleep(0.7)
 
 
 kept: list[bytes] = []
@@ -72,6 +77,14 @@ def test_workers_wait_for_the_next_call(tmp_path, as_it_was):
         parallel.each(keep_memory, paths, "two")
     first, then = ({json.loads(path.read_text())["process"] for path in paths} for paths in calls)
     assert first & then
+
+
+def test_where_workers_are_is_shown_behind_the_bar(monkeypatch):
+    shown = []
+    monkeypatch.setattr(bars, "EVERY", 0.1)
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
+    parallel.each(count_slowly, ["a", "b"], "two")
+    assert any("within a 1/3" in text and "within b" in text for text in shown)
 
 
 def test_what_a_worker_raises_is_raised_here_by_a_single_item_too(tmp_path, as_it_was):
