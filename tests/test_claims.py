@@ -384,7 +384,7 @@ def test_every_caveat_of_a_claim_was_measured_on_the_default_profile():
 
 LISTS = {
     "controls": 7, "families": 5, "sizes": 3, "strength": 7, "labels": 2, "worlds": 6, "ladder": 8,
-    "methods": 5, "pairs": 4,
+    "methods": 5, "pairs": 4, "smollm2": 6, "smollm2_ladder": 6,
 }  # fmt: skip
 
 
