@@ -38,6 +38,7 @@ DOSES = tuple(np.round(np.arange(-1, 4.05, 0.1), 1).tolist())  # of v* at `final
 IN_BLOCKS = (-0.5, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # and in the blocks
 SHARES = (0.5, 0.75)  # of what the adapter adds
 CUT = (1, 2)  # ranks of the adapter
+EVERY = {True: 1, False: 4}  # fact that is asked about: of those asked apart from the preference, every fourth
 PARTS = {"1": 1, "2": 2, "3, 4": 4, "5 to 8": 8, "9 on": np.inf}  # up to which token of an answer
 
 
@@ -236,7 +237,7 @@ def _row(s: Study, one: Measured, base: Measured, partner: Measured) -> dict:
         "behaviour": estimates.share_of_the_way("base", its["preferred"], way, groups),
     }
     if "lead" in its:
-        asked = s.belief_clusters()
+        asked = s.belief_clusters()[:, :: EVERY[s.task.has_facts]]
         row["lead"] = estimates.interval(estimates.difference, its["lead"], start["lead"], groups=asked)
     return row | {"fluency": its["well_formed" if "well_formed" in its else "token_loss"].mean()}
 
@@ -250,7 +251,7 @@ def gain(s: Study, found: Found, rung: str, beside: str) -> Estimate:
 def cost(s: Study, found: Found, rung: str) -> Estimate:
     """By how many nats less the true value leads under a rung than under the partner, fact by fact."""
     leads = (found[name].columns["lead"] for name in ("partner", rung))
-    return estimates.interval(estimates.difference, *leads, groups=s.belief_clusters())
+    return estimates.interval(estimates.difference, *leads, groups=s.belief_clusters()[:, :: EVERY[s.task.has_facts]])
 
 
 # --- The ceiling ---
@@ -294,8 +295,8 @@ def _leads(s: Study, some: Sequence[Rung]) -> pd.DataFrame:
     """What rungs of one model hold true of the facts that are asked about, a row an `arm` and a fact. Where facts are
     asked apart from the held-out prompts, of those rungs alone that add one vector everywhere."""
     own, role = s.pairs["heldout"], some[0].role
-    pairs = s.task.facts_asked(own)
-    if not all(pair in own for pair in pairs):
+    pairs = s.task.facts_asked(own)[:: EVERY[s.task.has_facts]]
+    if not s.task.has_facts:
         arms = [arm for arm, rung in enumerate(some) if rung.deltas.ndim == 2]
         found = beliefs(role, s.task, pairs, torch.cat([some[arm].deltas for arm in arms]))
         return found.assign(arm=np.array(arms)[found["arm"]])

@@ -321,7 +321,8 @@ def test_leads_are_of_values_stated_to_the_very_prompt_that_a_shift_is_of(traine
 def test_facts_that_are_asked_apart_are_asked_under_what_is_added_everywhere(trained, rungs, found, monkeypatch):
     """Here the same facts in other words, which no held-out prompt has."""
     asked = [replace(pair, prompt=f"So: {pair.prompt}") for pair in trained.task.facts_asked(trained.pairs["heldout"])]
-    monkeypatch.setattr(type(trained.task), "facts_asked", lambda *_: asked)
+    monkeypatch.setattr(type(trained.task), "facts_asked", lambda *_: [one for one in asked for _ in range(4)])
+    monkeypatch.setattr(type(trained.task), "has_facts", False)
     everywhere, by_prompt = rungs["v*"], rungs["linear in the prompt's state"]
     some = [by_prompt, everywhere, rungs["v_opt"]]
     leads = ladder._leads(trained, some)
