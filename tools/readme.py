@@ -15,7 +15,8 @@ REAL = "smollm2"  # the one of a real language model, which stands beside it
 NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
 RUNGS = {
     "v*": "v\\*", "v_opt": "v_opt", "two, by a probe of the prompt": "two, by a probe of the prompt",
-    "head, full rank": "the head alone", "adapter, rank 1": "the adapter, rank 1",
+    "head, full rank": "the head alone", "trained at all block sites": "one in every block",
+    "adapter, rank 1": "the adapter, rank 1",
 }  # fmt: skip
 PAPER = ("fig1a", "fig1b", "fig1c", "fig2a", "fig2b", "fig3", "fig4a", "fig4b")
 
