@@ -14,7 +14,7 @@ PAGES = "pages"  # in a profile's folder of figures: its executed notebooks, whe
 REAL = "smollm2"  # the one of a real language model, which stands beside it
 NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
 RUNGS = {
-    "v*": "v\\*", "v_opt": "v_opt", "two, by a probe of the prompt": "two, by a probe of the prompt",
+    "v*": "v\\*", "v_opt": "v_opt", "two, by a probe of the prompt": "two, by a probe",
     "head, full rank": "the head alone", "trained at all block sites": "one in every block",
     "adapter, rank 1": "the adapter, rank 1",
 }  # fmt: skip
