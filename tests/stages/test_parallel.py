@@ -84,7 +84,7 @@ def test_where_workers_are_is_shown_behind_the_bar(monkeypatch):
     monkeypatch.setattr(bars, "EVERY", 0.1)
     monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
     parallel.each(count_slowly, ["a", "b"], "two")
-    assert any("within a 1/3" in text and "within b" in text for text in shown)
+    assert all(any(f"within {item} 1/3" in text for text in shown) for item in "ab")
 
 
 def test_what_a_worker_raises_is_raised_here_by_a_single_item_too(tmp_path, as_it_was):
