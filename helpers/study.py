@@ -1,9 +1,9 @@
 """A study: one profile's way through the paper, a stage after the other, each computed once and kept.
 
-Read it as a table of contents: 1 the base model, 2 its preferences and 3 its partner (subject.py), 4 states and the
-direction v*, 5 steered answers (steered.py), 6 likelihoods, 7 more than one direction. Notebooks ask a study for a
-stage and get it at once, or after it has been computed, whichever notebook is opened first. What a stage does stands in
-helpers/stages/.
+Read it as a table of contents: 1 the base model, 2 its preferences and 3 its partner (chapters/subject.py), 4 states
+and the direction v*, 5 steered answers (chapters/steered.py), 6 likelihoods, 7 more than one direction. Notebooks ask a
+study for a stage and get it at once, or after it has been computed, whichever notebook is opened first. What a stage
+does stands in stages/.
 """
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from helpers import estimates, profiles, spectra
+from helpers.chapters.steered import Steered
+from helpers.chapters.subject import prepare
 from helpers.data import naming
 from helpers.data.geval import cost as judging_cost
 from helpers.data.judges import Unavailable, distinct_n, judge_all
@@ -33,8 +35,6 @@ from helpers.stages.rank_k import rank_k_deltas
 from helpers.stages.roles import Role
 from helpers.stages.tilted import has_products
 from helpers.stages.truthfulness import truthfulness
-from helpers.steered import Steered
-from helpers.subject import prepare
 
 __all__ = [  # what notebooks need from deeper down is handed up here
     "EMBEDDED", "POSITIONS", "SteeringVector", "Study", "Tokens", "Unavailable", "bleu", "distinct_n", "dpo_config",

@@ -16,19 +16,15 @@ LEVELS = (
     ("helpers.world",),
     ("helpers.data",),
     ("helpers.stages",),
-    (
-        *("helpers.profiles", "helpers.figures", "helpers.claims", "helpers.subject", "helpers.steered"),
-        *("helpers.study", "helpers.strength", "helpers.report", "helpers.influence", "helpers.widgets"),
-        *("helpers.ladder", "helpers.methods"),
-    ),
+    ("helpers.profiles", "helpers.figures", "helpers.claims", "helpers.widgets"),
+    ("helpers.chapters",),
+    ("helpers.study",),
+    ("helpers.experiments",),
     ("helpers.explorer",),
     ("tools",),
 )
-SHELF = {
-    "study", "gradients", "spectra", "estimates", "claims", "figures", "report", "strength", "influence", "widgets",
-    "ladder", "methods",
-}  # fmt: skip
-MORE = {"01": {"lm"}, "09": {"explorer"}}  # what a notebook may import besides
+SHELF = {"study", "gradients", "spectra", "estimates", "claims", "figures", "widgets"}
+MORE = {"01": {"lm"}, "09": {"explorer"}}  # what a notebook may import besides the shelf and experiments
 MOST_LINES = {"module": 350, "class": 200, "function": 40}
 
 PATHS = {
@@ -96,6 +92,10 @@ def test_modules_classes_and_functions_are_short(name):
         assert {thing: n for thing, n in sizes[kind].items() if n > most} == {}, kind
 
 
+def test_the_shelf_is_thin():
+    assert sum(len(PATHS[f"helpers.{name}"].read_text().splitlines()) for name in SHELF) <= 1600
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_nothing_names_a_notebook(name):
     text = PATHS[name].read_text()
@@ -123,8 +123,8 @@ def code(path) -> ast.Module:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_imports_from_the_shelf(path):
+def test_a_notebook_imports_from_the_shelf_and_experiments(path):
     tree = code(path)
-    allowed = {f"helpers.{name}" for name in SHELF | MORE.get(path.stem[:2], set())}
+    allowed = {f"helpers.{name}" for name in SHELF | {"experiments"} | MORE.get(path.stem[:2], set())}
     assert {name for name in imported(tree) if not name.startswith(tuple(allowed))} == set()
     assert "of" not in bound(tree)

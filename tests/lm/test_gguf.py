@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import profiles
+from helpers.chapters.subject import Subject
 from helpers.lm import loading
 from helpers.lm.gguf import convert
 from helpers.lm.wheel import Wheel
 from helpers.stages.model_files import model_files
-from helpers.subject import Subject
 
 TOKENS = ["<s>", "</s>", "<|endoftext|>", *"abcdefg", "Ġ", "ab", "Ġa"]
 CONFIG = LlamaConfig(

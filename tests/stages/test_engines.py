@@ -13,7 +13,7 @@ from distributed.scheduler import KilledWorker
 from studied import PROFILE
 from test_parallel import note, refuse
 
-from helpers import subject
+from helpers.chapters import subject
 from helpers.stages import artifacts, engines, on_dask, parallel
 from helpers.stages.partner import train_within_memory
 from helpers.study import Study

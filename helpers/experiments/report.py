@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers import estimates, spectra
 from helpers.data.unrelated import unrelated_texts
 from helpers.estimates import REACHED, Estimate
+from helpers.experiments.strength import RANDOM
 from helpers.lm import activations, decoding, encoding, loading
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
@@ -21,7 +22,6 @@ from helpers.profiles import EMBEDDED
 from helpers.stages import sampled
 from helpers.stages.states import states
 from helpers.stages.tilted import tilted_divergences
-from helpers.strength import RANDOM
 from helpers.study import Study
 
 DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)

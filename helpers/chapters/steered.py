@@ -11,6 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from helpers import estimates, gradients
+from helpers.chapters.subject import Subject
 from helpers.lm import activations, architecture, decoding, encoding, loading
 from helpers.lm.activations import POSITIONS
 from helpers.lm.architecture import FINAL
@@ -23,7 +24,6 @@ from helpers.stages.site_choice import USUAL
 from helpers.stages.states import final_states, states
 from helpers.stages.tilted import nearest_vector
 from helpers.stages.verdicts import verdicts, with_ends
-from helpers.subject import Subject
 
 ANSWERED = 256  # held-in prompts whose answers by the partner v_opt is found on
 

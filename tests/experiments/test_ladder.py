@@ -13,8 +13,9 @@ import torch
 from conftest import random_vector
 from studied import PROFILE, WIDTH, decoded, logits, logp, logps
 
-from helpers import estimates, ladder, spectra, study
-from helpers.ladder import Measured, Rung
+from helpers import estimates, spectra, study
+from helpers.experiments import ladder
+from helpers.experiments.ladder import Measured, Rung
 from helpers.lm import decoding, encoding, steering
 from helpers.lm.architecture import causal_lm
 from helpers.stages.beliefs import beliefs

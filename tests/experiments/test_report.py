@@ -10,7 +10,8 @@ import torch
 from conftest import recorded
 from studied import PROFILE, SITES, logps
 
-from helpers import profiles, report, study
+from helpers import profiles, study
+from helpers.experiments import report
 from helpers.lm import decoding
 from helpers.lm.batches import Tokens
 from helpers.stages.tilted import tilted_divergences

@@ -10,7 +10,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from studied import logp
 
-from helpers import influence, study
+from helpers import study
+from helpers.experiments import influence
 from helpers.lm.batches import Tokens
 from helpers.lm.training import TrainingPair
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from studied import PROFILE, RECIPE
 
-from helpers import spectra, strength
+from helpers import spectra
+from helpers.experiments import strength
+from helpers.experiments.strength import Checkpoint, at, curve, label_parts, matched
 from helpers.stages import artifacts
-from helpers.strength import Checkpoint, at, curve, label_parts, matched
 
 
 @pytest.fixture(scope="module")

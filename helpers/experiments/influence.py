@@ -15,8 +15,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from helpers import estimates, gradients, methods
+from helpers import estimates, gradients
 from helpers.estimates import Estimate
+from helpers.experiments import methods
 from helpers.lm.training import TrainingPair
 from helpers.profiles import Profile
 from helpers.stages.answers_read import answer_logps, answer_states

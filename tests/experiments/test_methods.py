@@ -6,7 +6,8 @@ import torch
 from conftest import recorded
 from studied import PROFILE, logp, logps
 
-from helpers import estimates, methods
+from helpers import estimates
+from helpers.experiments import methods
 from helpers.lm import encoding
 from helpers.lm.adapters import NoPlainAdapter
 from helpers.stages.changed import scaled

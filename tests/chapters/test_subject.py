@@ -10,7 +10,8 @@ from peft import PeftModel
 from studied import PROFILE, RECIPE, logits
 from transformers import AutoModelForCausalLM
 
-from helpers import study, subject
+from helpers import study
+from helpers.chapters import subject
 from helpers.data import truthfulqa
 from helpers.lm import training
 from helpers.lm.recipe import Grid

@@ -1,0 +1,1 @@
+"""What is asked of a study beyond the paper, an experiment a file."""
