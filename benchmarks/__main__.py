@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 BUILD = ROOT / "build" / "bench"
 ALONE = "steering-vectors==0.12.2"  # it asks for an older transformers than ours, and runs with this one
+COMPILED = "llama-cpp-python==0.3.36"  # needs a compiler; without one llama.cpp is left out
 
 
 def environment() -> Path:
@@ -18,13 +19,16 @@ def environment() -> Path:
     python, installed = venv / "bin" / "python", venv / "requirements.txt"
     if not installed.is_file() or installed.read_bytes() != REQUIREMENTS.read_bytes():
         print(
-            "Installing repeng, nnsight and steering-vectors into an environment of their own (once; some minutes) ...",
+            "Installing repeng, nnsight, steering-vectors and llama.cpp into an environment of their own (once; some "
+            "minutes, of which compiling llama.cpp takes most) ...",
             flush=True,
         )
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--requirement", REQUIREMENTS], check=True)
         subprocess.run([*pip, "--no-deps", ALONE], check=True)
+        if subprocess.run([*pip, COMPILED]).returncode:
+            print("llama.cpp does not install here: it is not compared.", flush=True)
         shutil.copyfile(REQUIREMENTS, installed)
     return python
 
@@ -34,7 +38,9 @@ def main() -> int:
     first that fails."""
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     python, env = environment(), {**os.environ, **quiet, "PYTHONPATH": str(ROOT)}
-    commands = [python, "-m", "benchmarks.exports"], [python, "-m", "benchmarks.measure", BUILD / "bench.json"]
+    has_llama_cpp = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode == 0
+    checks = ["benchmarks.exports", *(["benchmarks.in_llama_cpp"] if has_llama_cpp else [])]
+    commands = [*([python, "-m", name] for name in checks), [python, "-m", "benchmarks.measure", BUILD / "bench.json"]]
     return next((code for one in commands if (code := subprocess.run(one, cwd=ROOT, env=env).returncode)), 0)
 
 

@@ -20,9 +20,7 @@ TOLERANCE = 1e-5
 def main() -> None:
     """Print how far the peers' logits are from ours. Raises ValueError where one does not do the same."""
     s = subject()
-    v = torch.randn(architecture.width(s.model), generator=torch.Generator().manual_seed(0))
-    fits = architecture.signature(s.model)
-    vector = SteeringVector(v, f"resid[{LAYER}]", "prompt_last", "v", fits, "float32", 1.0, 1, "bench", "0" * 16)
+    vector = some_vector(s)
     ids = torch.tensor(s.prompts[:1])
     with vector.applied(s.model), torch.no_grad():
         ours = s.model(ids).logits
@@ -35,6 +33,13 @@ def main() -> None:
         print(f"{name} adds the vector as our hook does: logits differ by {difference:.1e} at most")
         if not difference < TOLERANCE:
             raise ValueError(f"The logits of {name} differ by {difference:.2g}: what it adds is another vector.")
+
+
+def some_vector(s: Subject) -> SteeringVector:
+    """A random vector after a block in the middle of the model."""
+    v = torch.randn(architecture.width(s.model), generator=torch.Generator().manual_seed(0))
+    fits = architecture.signature(s.model)
+    return SteeringVector(v, f"resid[{LAYER}]", "prompt_last", "v", fits, "float32", 1.0, 1, "bench", "0" * 16)
 
 
 @torch.no_grad()

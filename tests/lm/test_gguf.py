@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import llama_file
 from helpers import profiles
 from helpers.chapters.subject import Subject
 from helpers.lm import loading
@@ -21,44 +22,18 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, rope_theta=1e4, rms_norm_eps=1e-6,
     bos_token_id=0, eos_token_id=1,
 )  # fmt: skip
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
-
-
-def as_llama_cpp_has_it(name, weight):
-    """Queries and keys with the two halves of a head's rotated pairs interleaved, as llama.cpp rotates them."""
-    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-1])
-    if heads is None:
-        return weight
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def write(path, model, architecture="llama", quantised=False):
     """Write a tiny Llama and a tokenizer of single letters, by llama.cpp's own writer."""
     out = written.GGUFWriter(path, architecture)
-    out.add_context_length(64), out.add_embedding_length(64), out.add_block_count(2), out.add_feed_forward_length(96)
-    out.add_head_count(4), out.add_head_count_kv(2), out.add_layer_norm_rms_eps(1e-6), out.add_rope_freq_base(1e4)
-    out.add_rope_dimension_count(16), out.add_vocab_size(len(TOKENS))
+    llama_file.add_sizes(out, model.config)
     out.add_tokenizer_model("gpt2"), out.add_token_list(TOKENS), out.add_token_types([3, 3, 3] + [1] * 10)
     out.add_token_merges(["a b", "Ġ a"]), out.add_bos_token_id(0), out.add_eos_token_id(1), out.add_unk_token_id(2)
-    state = {name: weight.numpy() for name, weight in model.state_dict().items()}
-    tensors = {
-        "token_embd.weight": state["model.embed_tokens.weight"],
-        "output_norm.weight": state["model.norm.weight"],
-    }
-    for i in range(2):
-        for ours, theirs in NAMES.items():
-            weight = as_llama_cpp_has_it(ours, state[f"model.layers.{i}.{ours}.weight"])
-            tensors[f"blk.{i}.{theirs}.weight"] = weight
-    for name, weight in tensors.items():
+    for name, weight in llama_file.tensors(model).items():
         kind = written.GGMLQuantizationType.Q4_1 if quantised and weight.ndim == 2 else None
-        weight = np.ascontiguousarray(weight)
         out.add_tensor(name, written.quants.quantize(weight, kind) if kind else weight, raw_dtype=kind)
-    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file(), out.close()
+    llama_file.close(out)
     return path
 
 
