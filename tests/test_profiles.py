@@ -63,7 +63,7 @@ def test_the_default_profile_is_the_embedded_organism():
 
 def test_smoke_is_the_default_profile_with_less_to_do():
     smoke, atlas = profiles.load("smoke"), profiles.load("atlas")
-    parts = {name: getattr(atlas, name) for name in ("recipe", "grid", "sizes", "doses")}
+    parts = {name: getattr(atlas, name) for name in ("organism", "recipe", "grid", "sizes", "doses")}
     assert smoke.changed(name="atlas", **parts) == atlas
     assert len(smoke.recipes) == smoke.sizes.seeds == 1
     assert smoke.sizes.heldout >= 5  # as many singular values are drawn

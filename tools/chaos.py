@@ -27,6 +27,7 @@ from helpers.stages import artifacts
 BUILD = places.PROJECT / "build" / "chaos"  # make's folder for the profile
 TRIALS = places.PROJECT / "build" / "chaos-trials"
 KILLS = 10
+IMPORTED = 12  # seconds of a processor within which a worker has imported its libraries
 SOON = 10  # seconds in which what a killed process had started has to end
 
 
@@ -145,21 +146,31 @@ def _kill(run: subprocess.Popen) -> None:
 def kernel_killed(whole: Place, rng: random.Random) -> Outcome:
     place = _fresh("kernel")
     run = place.start()
-    while not (workers := _workers(run)):  # until it computes in processes of its own
+    while not any(_busy(worker) for worker in _workers(run)):  # until processes of its own compute
         if run.poll() is not None:
-            return Outcome(place, "no worker was ever started", went_well=False)
+            return Outcome(place, "no worker ever computed", went_well=False)
         time.sleep(0.2)
+    workers = _workers(run)
     psutil.Process(workers[0].ppid()).kill()
     _, left = psutil.wait_procs(workers, timeout=SOON)
     run.wait()
     said, was_said = _sentence(place, r"Notebook \w+ stopped: its kernel died[^\n]*")
     ended = place.run()
-    return Outcome(place, f"{said} {len(left)} workers went on for {SOON} s.", was_said and not left and ended == 0)
+    after = f"{len(left)} of {len(workers)} workers went on for {SOON} s."
+    return Outcome(place, f"{said} {after}", was_said and not left and ended == 0)
 
 
 def _workers(run: subprocess.Popen) -> list[psutil.Process]:
     found = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
     return [process for process in found if "LokyProcess" in _command(process)]
+
+
+def _busy(worker: psutil.Process) -> bool:
+    """Whether a worker has done more than import its libraries."""
+    try:
+        return sum(worker.cpu_times()[:2]) > IMPORTED
+    except psutil.Error:
+        return False
 
 
 def _command(process: psutil.Process) -> str:
