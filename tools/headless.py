@@ -58,6 +58,10 @@ class Tee:
             stream.flush()
 
 
+# A kernel warns of its unencrypted port, which is on loopback, and asyncio of the kernel's tasks that its end cuts off.
+QUIET = ("log_level=ERROR", "exec_lines=__import__('logging').getLogger('asyncio').setLevel('CRITICAL')")
+
+
 class Kernel(AsyncKernelManager):
     """A kernel that ends without being interrupted first: where it still puts its last answer away, it reports that."""
 
@@ -129,7 +133,7 @@ def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -
         papermill.execute_notebook(
             partial, partial, _not_its_own(notebook, parameters), cwd=NOTEBOOKS, progress_bar=False,
             stdout_file=file, stderr_file=Tee(sys.stderr, file), kernel_manager_class=Kernel,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its unencrypted port, on loopback
+            extra_arguments=[f"--IPKernelApp.{setting}" for setting in QUIET],
         )  # fmt: skip
     notebook = nbformat.read(partial, as_version=4)
     _check_that_all_ran(notebook)

@@ -17,6 +17,12 @@ body { font: 15px/1.55 "DejaVu Sans", Verdana, sans-serif; color: #222; backgrou
        max-width: 860px; padding: 12px 20px 40px; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 1.8em; }
 img { max-width: 100%; height: auto; }
+@media (max-width: 600px) { /* letters stay as large as those around: a picture is moved instead */
+  body { padding: 8px 10px 30px; }
+  .output_png { overflow-x: auto; }
+  img { max-width: none; width: 520px; }
+  th:first-child { white-space: normal; }
+}
 table { border: 0; border-collapse: collapse; font-size: 0.9em; display: block; overflow-x: auto; }
 th, td { padding: 3px 10px; text-align: right; border: 0; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }

@@ -35,21 +35,22 @@ HARDLY_ANY = 1 - REACHED  # the share below which a sentence says so; nearly all
 def moved(s: Study) -> pd.DataFrame:
     """How far held-out prompts' states move, a row a site, as shares of the mean norm of the base's states there.
 
-    At `prompt_last` and as `response_mean`; beside it the `spread` of the base's states, their mean distance from
-    their own mean, and what `rounding` to the profile's precision does, both at the prompt's last token.
+    At `prompt_last` and as `response_mean`; beside each the `spread` of the base's states there, their mean distance
+    from their own mean, and what `rounding` to the profile's precision does at the prompt's last token.
     """
     found, dtype = s.states("heldout"), getattr(torch, s.profile.dtype)
     rows = {}
     for site in s.lm.sites:
-        base = found["base", site, "prompt_last"]
-        size = base.norm(dim=1).mean()
-        by_position = {
-            position: s.displacements("heldout", site, position).norm(dim=1).mean()
-            / found["base", site, position].norm(dim=1).mean()
-            for position in activations.POSITIONS
-        }
-        beside = {"spread": (base - base.mean(0)).norm(dim=1), "rounding": activations.rounding(base, dtype)}
-        rows[site] = by_position | {name: distance.mean() / size for name, distance in beside.items()}
+        distances = {}
+        for position in activations.POSITIONS:
+            base = found["base", site, position]
+            moved, spread = s.displacements("heldout", site, position), base - base.mean(0)
+            beside = {position: moved.norm(dim=1), f"spread, {position}": spread.norm(dim=1)}
+            if position == "prompt_last":
+                beside["rounding"] = activations.rounding(base, dtype)
+            size = base.norm(dim=1).mean()
+            distances |= {name: distance.mean() / size for name, distance in beside.items()}
+        rows[site] = distances
     return pd.DataFrame(rows).T.astype(float)
 
 
@@ -87,11 +88,11 @@ def kl_by_token(s: Study) -> pd.DataFrame:
 
 def by_position(s: Study, found: pd.DataFrame) -> pd.DataFrame:
     """The mean of `kl_by_token`'s table at each position of an answer that FEWEST answers reach, with its interval over
-    prompts: a row an `arm` and a `token`. Of random directions as strong as v* there is the one which leaves least, as
-    "random"."""
+    prompts: a row an `arm` and a `token`. Of random directions at all their lengths there is the one which leaves least,
+    as "random"."""
     groups, rows, left = s.factors("heldout"), [], found.groupby("arm")["kl"].sum()
-    strong = left[left.index.str.fullmatch(r"random \d+")]
-    shown = found if strong.empty else found.replace({"arm": {strong.idxmin(): "random"}})
+    random = left[left.index.str.startswith("random ")]
+    shown = found if random.empty else found.replace({"arm": {random.idxmin(): "random"}})
     for (arm, token), some in shown[~shown["arm"].str.startswith("random ")].groupby(["arm", "token"]):
         if len(some) >= FEWEST:
             over = estimates.interval(estimates.mean, some["kl"], groups=groups[:, some["prompt"]])
@@ -150,7 +151,8 @@ def _of_behaviour(s: Study) -> Rows:
 
 
 def in_words(found: pd.DataFrame) -> str:
-    """One plain sentence from the table of `shares`: how much of what training changed is one vector."""
+    """From the table of `shares`: how much of what training changed is one vector, in a plain sentence, and the numbers
+    that it follows from."""
     removed = {name: found.loc[f"of KL, {name}"] for name in ("v*", "v_opt") if f"of KL, {name}" in found.index}
     best = removed.get("v_opt", removed["v*"])
     amount = "part of"
@@ -161,9 +163,9 @@ def in_words(found: pd.DataFrame) -> str:
     each = [f"{name} {_removes(*row[['value', 'low', 'high']])}" for name, row in removed.items()]
     length = f"at the best of {len(LENGTHS)} lengths" if "v_opt" in removed else "as strong as v*"
     return (
-        f"One constant vector can be **{amount}** what training changed in this model's next-token probabilities: "
-        f"{', '.join(each)} of their divergence, and the best of {RANDOM} random directions, each {length}, "
-        f"{_removes(best['chance'])}."
+        f"One fixed vector, added to the base's states, can do **{amount}** what training changed in what this model "
+        f"says next. Of the divergence of their next-token probabilities {', '.join(each)}, and the best of {RANDOM} "
+        f"random directions, each {length}, {_removes(best['chance'])}."
     )
 
 

@@ -123,6 +123,15 @@ def test_a_kernel_that_has_answered_is_not_interrupted_as_it_ends(tmp_path):
     assert not (tmp_path / "notebooks" / "interrupted").exists()
 
 
+def test_what_asyncio_says_as_a_kernel_ends_is_not_shown(tmp_path, capfd):
+    said = """import atexit, logging, sys
+logging.basicConfig()
+late = lambda: (sys.stderr.close(), setattr(sys, "stderr", sys.__stderr__), logging.getLogger("asyncio").error("Task"))
+atexit.register(late);"""
+    finished_run(tmp_path, said)
+    assert capfd.readouterr().err == ""
+
+
 def test_bars_are_told_from_what_only_looks_alike():
     def left(text, name="stderr"):
         output = nbformat.v4.new_output("stream", name=name, text=text)

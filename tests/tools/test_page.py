@@ -9,6 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from helpers import widgets
+from helpers.places import PROJECT
 from tools import page
 
 DOT = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
@@ -63,3 +64,9 @@ def test_what_a_model_says_is_text_and_no_markup(written):
 
 def test_the_same_answers_give_the_same_bytes(answers):
     assert widgets.dosed(answers, ROLES).data == widgets.dosed(answers.copy(), ROLES).data
+
+
+@pytest.mark.parametrize("at", ["notebooks/one_page.ipynb", "figures/smollm2/pages/one_page.ipynb"])
+def test_a_page_that_is_kept_is_that_of_its_notebook(at):
+    beside = "figures/atlas" if at.startswith("notebooks") else "figures/smollm2"
+    assert (PROJECT / beside / "report.html").read_text() == page.page(PROJECT / at)
