@@ -11,7 +11,8 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,14 +21,18 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
+from helpers.data.messages import is_message
 from helpers.data.naming import FORMATS, HUB_ID, SEPARATORS, is_file, refuse_folder
-from helpers.data.turns import is_message
 from helpers.lm import hub
 
 datasets.disable_progress_bars()  # they would stay in the notebooks
 DEFAULT_SPLITS = ("train_prefs", "train")  # the pairs among UltraFeedback's splits, and what most call theirs
 WRAPPERS = (*DEFAULT_SPLITS, "data", "rows", "examples", "instances")  # names of a list of rows in one object
 _COMMIT = re.compile("[0-9a-f]{40}")
+
+
+class _Twice(Exception):
+    """A name that stands twice in one row."""
 
 
 def content_id(source: str) -> str:
@@ -69,12 +74,14 @@ def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list
             content = gzip.decompress(content)
         name = path.name.removesuffix(".gz")
         if name.endswith(".parquet"):
-            return _from_arrow(parquet.read_table(io.BytesIO(content)), columns)
+            return _from_arrow(parquet.ParquetFile(io.BytesIO(content)).read(), columns)
         text = content.decode("utf-8-sig")
+        separator = SEPARATORS.get(Path(name).suffix)
+        records = _from_json(text, path) if separator is None else _from_table(text, separator, path)
+    except _Twice as name:
+        raise ValueError(f"The data file {path} has the name '{name}' twice in a row: leave out all but one.") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise ValueError(f"The data file {path} cannot be read ({_headline(error)}): get or write it anew.") from error
-    separator = SEPARATORS.get(Path(name).suffix)
-    records = _from_json(text, path) if separator is None else _from_table(text, separator, path)
     return records, list(dict.fromkeys(column for record in records for column in record))
 
 
@@ -83,6 +90,7 @@ def _from_table(text: str, separator: str, path: Path) -> list[dict]:
     csv.field_size_limit(2**31 - 1)  # by default an answer of more than 128 KB is an error
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
+        _refuse_twice(filter(str.strip, table.fieldnames or ()))
         rows = list(table)
     except csv.Error as error:
         raise ValueError(f"The data file {path} is no table near line {table.line_num} ({error}): mend it.") from error
@@ -115,7 +123,7 @@ def _from_json(text: str, path: Path) -> list[dict]:
 
 def _over_several_lines(text: str) -> list | None:
     """Objects one after the other, each over as many lines as it likes; None where they are not."""
-    decoder, found, at = json.JSONDecoder(), [], 0
+    decoder, found, at = json.JSONDecoder(object_pairs_hook=_object), [], 0
     try:
         while at < len(text):
             if text[at].isspace():
@@ -130,12 +138,18 @@ def _over_several_lines(text: str) -> list | None:
 
 def _unwrapped(record: dict) -> list:
     """The rows of a file that is one object: a list under a name (WRAPPERS, or the only one), or as many lists as there
-    are columns, or as many objects of rows' names, as pandas writes them."""
+    are columns, or as many objects of rows' names, or one of each row, or the columns' names and the rows apart, as
+    pandas writes them."""
     listed = {name: rows for name, rows in record.items() if isinstance(rows, list) and _are_rows(rows)}
     for name in (*WRAPPERS, *(listed if len(record) == 1 else ())):
         if name in listed:
             return listed[name]
     columns = list(record.values())
+    names, rows = (listed if isinstance(listed := record.get(name), list) else [] for name in ("columns", "data"))
+    if names and rows and all(isinstance(row, list) for row in rows):
+        return [_object(list(zip(map(str, names), row))) for row in rows]
+    if columns and all(map(str.isdigit, record)) and all(isinstance(row, dict) for row in columns):
+        return columns
     if columns and all(isinstance(column, dict) and all(map(str.isdigit, column)) for column in columns):
         return [{name: column.get(row) for name, column in record.items()} for row in columns[0]]
     if all(isinstance(column, list) and not any(isinstance(one, dict) for one in column) for column in columns) and (
@@ -150,9 +164,21 @@ def _are_rows(listed: list) -> bool:
     return bool(listed) and all(isinstance(one, dict) for one in listed) and not all(map(is_message, listed))
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    _refuse_twice(name for name, _ in pairs)
+    return dict(pairs)
+
+
+def _refuse_twice(names: Iterable[str]) -> None:
+    """Raise _Twice where one of some names stands there twice, and the first would be lost."""
+    for name, n in Counter(names).items():
+        if n > 1:
+            raise _Twice(name)
+
+
 def _parsed(text: str, line: int, path: Path):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # the latter where brackets are nested without end
         line += getattr(error, "lineno", 1) - 1
         raise ValueError(
@@ -162,11 +188,19 @@ def _parsed(text: str, line: int, path: Path):
 
 
 def _from_arrow(table: pyarrow.Table, columns: Collection[str]) -> tuple[list[dict], list[str]]:
-    def is_read(field: pyarrow.Field) -> bool:
-        is_text = pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
-        return not columns or is_text or field.name.lower() in columns
+    _refuse_twice(table.column_names)
+    read = [one.name for one in table.schema if not columns or one.name.lower() in columns or _is_text(one.type)]
+    return table.select(read).to_pylist(), table.column_names
 
-    return table.select([field.name for field in table.schema if is_read(field)]).to_pylist(), table.column_names
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    """Whether values are texts, lists of texts, or messages, or a list of these."""
+    if pyarrow.types.is_dictionary(kind) or pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return _is_text(kind.value_type)
+    if pyarrow.types.is_struct(kind):
+        fields = {field.name: None for field in kind if _is_text(field.type)}
+        return is_message(fields) and len(fields) == kind.num_fields
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
 @contextmanager

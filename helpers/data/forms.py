@@ -1,14 +1,16 @@
 """The public forms of preference data, as one table of columns, and how a row of one becomes a pair."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
-from helpers.data import turns
-from helpers.data.turns import Row, Unusable
+from helpers.data import messages, turns
+from helpers.data.messages import Unusable
+from helpers.data.turns import Row
 from helpers.lm.encoding import Message, Prompt
 
-PROMPTS = (("prompt",), ("question",), ("instruction", "input"), ("query",), ("input",))
+HISTORY = "history"  # LLaMA-Factory's column of earlier turns, beside an instruction
+PROMPTS = (("prompt",), ("question",), ("instruction", "input", HISTORY), ("query",), ("input",))
 SCORES = tuple(
     tuple(name.format(side) for side in ("chosen", "rejected"))
     for name in ("score_{}", "{}_score", "rating_{}", "{}_rating")
@@ -27,7 +29,7 @@ def _as_they_stand(answers: list, label) -> tuple:
 def _in_a_list(answers: list, label) -> tuple:
     """LLaMA-Factory's: the preferred one first."""
     if not isinstance(answers[0], list):
-        raise Unusable(turns.MISSING)
+        raise Unusable(messages.MISSING)
     return _as_they_stand(answers[0], label)
 
 
@@ -91,21 +93,26 @@ def _label(value) -> float | None:
 
 
 def _labelled(records: Sequence[dict]) -> list[dict]:
-    """KTO's rows, an answer each: of those of one prompt the first that is wanted and the first that is not."""
+    """KTO's rows, an answer each: of those of one prompt the first that is wanted and the first that is not, and as
+    their label whether each has one."""
     by_prompt: dict[str, dict] = {}
-    for record in records:
+    labels = [_label(record.get("label")) for record in records]
+    unwanted = -1 if -1 in labels else 0
+    for record, label in zip(records, labels):
         key = json.dumps([record.get("prompt"), *map(record.get, turns.SYSTEMS)], sort_keys=True, default=str)
-        merged = by_prompt.setdefault(key, {**record, "completion": [None, None]})
-        label = _label(record.get("label"))
-        if label in (0, 1):
-            side = 0 if label else 1
+        merged = by_prompt.setdefault(key, {**record, "completion": [None, None], "label": True})
+        if label in (1, unwanted):
+            side = 0 if label == 1 else 1
             merged["completion"][side] = merged["completion"][side] or record.get("completion")
+        else:
+            merged["label"] = False
     return list(by_prompt.values())
 
 
-def _of_both_labels(answers: list, label) -> tuple:
+def _of_both_labels(answers: list, are_labelled) -> tuple:
     if None in answers[0]:
-        raise Unusable("no answer of the other label to its prompt")
+        unknown = "a label that is neither 1 or true nor 0, -1 or false"
+        raise Unusable("no answer of the other label to its prompt" if are_labelled else unknown)
     return tuple(answers[0])
 
 
@@ -134,8 +141,8 @@ class Form:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """All columns that are read of it."""
-        return (*self.needs, *self.prompt, *turns.SYSTEMS, *(name for both in SCORES for name in both))
+        """All columns that are read of it, but for scores."""
+        return (*self.needs, *self.prompt, *turns.SYSTEMS)
 
     def chosen_and_rejected(self, record: dict) -> tuple:
         """The two answers of a row, as they stand there. Raises Unusable."""
@@ -161,7 +168,7 @@ FORMS = (
         for prompt in PROMPTS
     ),
     Form("LLaMA-Factory's ShareGPT pairs", ("conversations",), ("chosen", "rejected")),
-    Form("LLaMA-Factory's Alpaca pairs", ("instruction", "input"), ("output",), choose=_in_a_list),
+    Form("LLaMA-Factory's Alpaca pairs", ("instruction", "input", HISTORY), ("output",), choose=_in_a_list),
     Form("chosen and rejected that share their prompt", (), ("chosen", "rejected")),
 )  # fmt: skip
 
@@ -172,16 +179,29 @@ def form_of(record: dict) -> Form | None:
 
 
 def nearest(columns: Sequence[str]) -> Form:
-    """The form that lacks the fewest of its columns; of several the one that has the most."""
+    """The form that has the most of some columns; of several the one that lacks the fewest, and of these rather one of
+    chosen and rejected; where none has any, the plain one."""
     has = {name.lower() for name in columns}
-    return min(FORMS, key=lambda form: (len(set(form.needs) - has), -len(form.needs)))
+    plain = next(form for form in FORMS if form.needs == ("prompt", "chosen", "rejected"))
+
+    def rank(form: Form) -> tuple:
+        return -len(has & {*form.needs}), len({*form.needs} - has), "chosen" not in form.answers
+
+    return min(FORMS, key=rank) if any(has & {*form.needs} for form in FORMS) else plain
+
+
+def scores_read(columns: Collection[str]) -> set[str]:
+    """Those of some columns that score one answer, where another scores the other."""
+    return {name for both in SCORES if {*both} <= {*columns} for name in both}
 
 
 def columns_read() -> set[str]:
     """All columns that any form is read from."""
-    return {name for form in FORMS for name in form.reads} | {name for prompt in ALONE for name in prompt}
+    of_forms = {name for form in FORMS for name in form.reads} | {name for prompt in ALONE for name in prompt}
+    return of_forms | {name for both in SCORES for name in both}
 
 
+ANSWERS = ("chosen", "rejected")
 ALONE = (*PROMPTS, ("messages",), ("conversations",), ("context",), ("history",))  # where prompts alone are
 
 
@@ -191,21 +211,20 @@ ALONE = (*PROMPTS, ("messages",), ("conversations",), ("context",), ("history",)
 def pair(form: Form, record: dict) -> Row:
     """The pair in a row of a form. Raises Unusable."""
     _check_scores(record)
-    chosen, rejected = map(turns.said, form.chosen_and_rejected(record))
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise Unusable(turns.MISSING)
-    stated = _prompt(form.prompt, record) if form.prompt else ()
-    if not isinstance(chosen, str):
-        prompt, chosen, rejected = turns.of_dialogues(stated, chosen, rejected)
-        return turns.checked(turns.with_system(prompt, record), chosen, rejected)
-    if not form.prompt:
+    chosen, rejected = messages.both_said(*form.chosen_and_rejected(record))
+    are_strings = isinstance(chosen, str)
+    if are_strings != isinstance(rejected, str):
+        raise Unusable(messages.MISSING)
+    if are_strings and not form.prompt:
         return turns.of_shared_text(chosen, rejected, record)
-    if not isinstance(stated, str):
-        return turns.checked(turns.with_system(stated, record), chosen.strip(), rejected.strip())
-    was_doubled = turns.is_doubled(stated, chosen, rejected)
-    if was_doubled:
-        chosen, rejected = (answer[len(stated) :].lstrip() for answer in (chosen, rejected))
-    return turns.checked(turns.with_system(stated, record), chosen, rejected, was_doubled=was_doubled)
+    prompt = _prompt(form.prompt, record) if form.prompt else ()
+    if not are_strings:
+        prompt, chosen, rejected = turns.of_dialogues(prompt, chosen, rejected)
+    elif not isinstance(prompt, str):
+        chosen, rejected = chosen.strip(), rejected.strip()
+    if not form.prompt:  # a dialogue's own turns are told apart already
+        return turns.checked(turns.with_system(prompt, record), chosen, rejected)
+    return turns.answered(prompt, record, chosen, rejected)
 
 
 def kind(form: Form, record: dict) -> str | None:
@@ -218,7 +237,7 @@ def kind(form: Form, record: dict) -> str | None:
 
 
 def _kind(answer) -> str:
-    said = turns.said(answer)
+    said = messages.said(answer)
     if isinstance(said, str):
         return "strings"
     return "HH-RLHF's dialogues" if isinstance(answer, str) and answer.lstrip().startswith("Human:") else "messages"
@@ -227,8 +246,13 @@ def _kind(answer) -> str:
 def prompt_columns(record: dict) -> tuple[str, ...]:
     """The columns that a row's prompt is read from, whatever answers it has or lacks; none where it has none."""
     alone = next((columns for columns in ALONE if record.get(columns[0]) is not None), None)
+    return alone or (ANSWERS if any(record.get(name) for name in ANSWERS) else ())
+
+
+def has_bare_answers(record: dict) -> bool:
+    """Whether a row has no column for its prompt, and two answers that are plain strings."""
     form = form_of(record)
-    return alone or (form.reads if form else ())
+    return bool(form) and prompt_columns(record) == ANSWERS and kind(form, record) == "strings"
 
 
 def prompt_alone(record: dict) -> Row:
@@ -236,11 +260,16 @@ def prompt_alone(record: dict) -> Row:
     columns = prompt_columns(record)
     if not columns:
         raise Unusable("no prompt")
-    if columns not in ALONE:
-        return Row(pair(form_of(record), record).prompt, "", "")
-    prompt = _prompt(columns, record)
-    asked = prompt if isinstance(prompt, str) else _up_to_the_user(prompt)
-    return turns.checked(turns.with_system(asked, record))
+    if columns in ALONE:
+        prompt = _prompt(columns, record)
+        return turns.answered(prompt if isinstance(prompt, str) else _up_to_the_user(prompt), record)
+    said = [messages.said(record[name]) for name in ANSWERS if record.get(name)]
+    asked = {_up_to_the_user(turns) for turns in said if not isinstance(turns, str)}
+    if not asked and len(said) == 2:
+        return replace(turns.of_shared_text(*said, record), chosen="", rejected="")
+    if len(asked) != 1:
+        raise Unusable("the two prompts differ" if asked else "no prompt")
+    return turns.answered(asked.pop(), record)
 
 
 def _up_to_the_user(said: Sequence[Message]) -> tuple[Message, ...]:
@@ -248,12 +277,25 @@ def _up_to_the_user(said: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _prompt(columns: Sequence[str], record: dict) -> Prompt:
-    """The prompt in some columns, as text or as turns. HH-RLHF's text is a dialogue where it ends before an answer."""
-    said = turns.said(record[columns[0]], is_prompt=True)
-    if not isinstance(said, str):
-        return said
-    below = [record.get(name) for name in columns[1:]]
-    return "\n".join([said, *(text for text in below if isinstance(text, str) and text.strip())])
+    """The prompt in some columns, as text or as turns. HH-RLHF's text is a dialogue where it ends before an answer.
+    Raises Unusable."""
+    said = messages.said(record[columns[0]], is_prompt=True)
+    below = [record.get(name) for name in columns[1:] if name != HISTORY]
+    below = [text for text in below if text is not None and text == text and str(text).strip()]  # nan is a gap
+    if below and not (isinstance(said, str) and all(isinstance(text, str) for text in below)):
+        raise Unusable("an input that is not text, or stands beside a prompt that is not")
+    earlier = _earlier(record.get(HISTORY)) if HISTORY in columns[1:] else ()
+    if isinstance(said, str):
+        said = "\n".join(filter(str.strip, [said, *below]))
+    return (*earlier, *((("user", said),) if isinstance(said, str) else said)) if earlier else said
+
+
+def _earlier(history) -> tuple[Message, ...]:
+    """The turns in a list of questions and their answers. Raises Unusable."""
+    pairs = messages.parsed(history) if isinstance(history, str) and history.strip() else history or []
+    if not (isinstance(pairs, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)):
+        raise Unusable("a history that is no list of questions and answers")
+    return tuple((role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair))
 
 
 def _check_scores(record: dict) -> None:

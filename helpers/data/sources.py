@@ -6,14 +6,18 @@ execute: no data set's script, no pickle.
 """
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from helpers.data import forms, trees, turns
+from helpers.data import forms, messages, trees, turns
 from helpers.data.files import from_hub, local_file, rows_of
-from helpers.data.turns import Row, Unusable
+from helpers.data.messages import Unusable
+from helpers.data.turns import Row
 
+_WORD = re.compile(r"\W*[^\W\d_]+(?:['’-][^\W\d_]+)*\W*")
+SAME = "another pair of the same prompt"
 ACCEPTED = "prompt, chosen and rejected, as strings or as lists of messages, or another form of docs/models-and-data.md"
 
 
@@ -32,8 +36,7 @@ class Rows:
     @property
     def account(self) -> dict[str, int]:
         """What became of the rows, and what of them is not as it stood there: {what: rows}."""
-        doubled = sum(row.was_doubled for row in self.rows)
-        noted = {"the prompt taken off the beginning of both answers": doubled} if doubled else {}
+        noted = Counter(note for row in self.rows for note in row.notes)
         unread = {f"column {name!r} not read": self.total for name in self.unread}
         return {f"read as {self.form}": self.total, **unread, **noted, **self.set_aside}
 
@@ -47,13 +50,22 @@ def read(source: str) -> Rows:
     """
     records, columns = _records(source)
     found = _recognised(records, source, columns)
-    refused = found.set_aside.get(turns.NO_BEGINNING, 0) + found.set_aside.get(turns.WITHIN_A_WORD, 0)
+    _refuse_chance_beginnings(found, source, columns)
+    return _not_empty(found, source)
+
+
+def _refuse_chance_beginnings(found: Rows, source: str, columns: Collection[str]) -> None:
+    """Raise ValueError where most answers share no beginning, or one that they share by chance: a word or two, or what
+    answers to other questions begin with too."""
+    refused = sum(row.is_brief for row in found.rows)
+    refused += sum(found.set_aside.get(reason, 0) for reason in (turns.NO_BEGINNING, turns.WITHIN_A_WORD))
+    refused += found.set_aside.get(SAME, 0) * any(row.is_shared for row in found.rows)
     if 2 * refused > found.total:
         raise ValueError(
             f"The data {source} have no column for the prompt, and in {refused} of {found.total} rows the answers "
-            f"share no beginning that could be one: name a column of {_quoted(columns)} prompt, or add it."
+            f"share no beginning that could be one, or that of other rows: name a column of {_quoted(columns)} prompt, "
+            "or add it."
         )
-    return _not_empty(found, source)
 
 
 def read_prompts(source: str) -> Rows:
@@ -65,17 +77,24 @@ def read_prompts(source: str) -> Rows:
         prompt_of, reads = lambda item: Row(pair(item).prompt, "", ""), trees.READS
     else:
         reads = {*turns.SYSTEMS} | {name for item in items for name in forms.prompt_columns(item)}
-    return _not_empty(_kept("prompts alone", items, prompt_of, columns, reads), source)
+        _refuse_a_prompt_elsewhere([item for item in items if forms.has_bare_answers(item)], source, columns)
+    found = _kept("prompts alone", items, prompt_of, columns, reads)
+    _refuse_chance_beginnings(found, source, columns)
+    return _not_empty(found, source)
 
 
 def _records(source: str) -> tuple[list[dict], dict[str, str]]:
     """The rows of a source, and its columns: {the name there: the one that the rows have it under}, which is in lower
-    case, and nothing for a column that another is taken for."""
+    case, and nothing for a column that another is taken for. Raises ValueError where two could be."""
     path, read_columns = local_file(source), forms.columns_read() | trees.READS
     records, columns = from_hub(source, read_columns) if path is None else rows_of(path, read_columns)
     if not records:
         raise ValueError(f"The data {source} hold no rows: give {ACCEPTED}.")
     exact = {name for name in columns if name == name.lower()}
+    for key in read_columns - exact:
+        alike = [name for name in columns if name.lower() == key]
+        if len(alike) > 1:
+            raise ValueError(f"The data {source} have the columns {_quoted(alike)} for one: leave out all but one.")
     named = {name: name.lower() if name in exact or name.lower() not in exact else "" for name in columns}
     return [{named[name]: value for name, value in row.items() if named[name]} for row in records], named
 
@@ -84,12 +103,12 @@ def _kept(
     form: str, items: list, row_of: Callable[..., Row], columns: dict[str, str], reads: Collection[str], others: int = 0
 ) -> Rows:
     """The row of each item, the first of each prompt; `others` are rows of another form."""
-    kept, set_aside = {}, Counter({turns.MISSING: others} if others else {})
+    kept, set_aside = {}, Counter({messages.MISSING: others} if others else {})
     for item in items:
         try:
             row = row_of(item)
             if row.prompt in kept:
-                raise Unusable("another pair of the same prompt")
+                raise Unusable(SAME)
             kept[row.prompt] = row
         except Unusable as reason:
             set_aside[str(reason)] += 1
@@ -127,11 +146,12 @@ def _recognised(records: list[dict], source: str, columns: dict[str, str]) -> Ro
         record, its_kind = item
         row = forms.pair(form, record)
         if its_kind != kind:
-            raise Unusable(turns.MISSING)
+            raise Unusable(messages.MISSING)
         return row
 
     name = f"{form.name}, as {kind}" if kind else form.name
-    return _kept(name, list(zip(items, kinds)), parse, columns, form.reads, others)
+    reads = {*form.reads} | forms.scores_read(columns.values())
+    return _kept(name, list(zip(items, kinds)), parse, columns, reads, others)
 
 
 def _nearest(columns: Collection[str]) -> str:
@@ -146,13 +166,17 @@ def _nearest(columns: Collection[str]) -> str:
 
 
 def _refuse_a_prompt_elsewhere(records: list[dict], source: str, columns: Collection[str]) -> None:
-    """Raise ValueError where pairs have no prompt by name, and a column of sentences or of messages that may be one."""
+    """Raise ValueError where pairs have no prompt by name, and a column of sentences or of messages that may be one:
+    one of a few values is a question of several pairs where these are sentences, and a category or a name elsewhere."""
     for name in columns:
-        if name.lower() in {"chosen", "rejected", *turns.SYSTEMS}:
+        key, rows = name.lower(), len(records)
+        if key in {*forms.ANSWERS, *turns.SYSTEMS}:
             continue
-        said = [str(value) for record in records if _may_be_a_prompt(value := record.get(name.lower()))]
-        own = [record for record in records if record.get(name.lower()) in (record["chosen"], record["rejected"])]
-        if 2 * len(said) > len(records) and 2 * len(set(said)) > len(said) and 2 * len(own) < len(records):
+        said = Counter(str(value) for record in records if _may_be_a_prompt(value := record.get(key)))
+        sentences = {str(value) for record in records if _is_a_sentence(value := record.get(key))}
+        own = sum(_is_an_answer_s(record.get(key), record) for record in records)
+        is_asked = 2 * len(said) > said.total() or (len(said) > 1 and 2 * len(sentences) > len(said))
+        if is_asked and 2 * said.total() > rows and 2 * own < rows:
             raise ValueError(
                 f"The data {source} have a column {name!r}, which may be the prompt and is not read as one: name it "
                 "prompt, or leave it out."
@@ -160,10 +184,27 @@ def _refuse_a_prompt_elsewhere(records: list[dict], source: str, columns: Collec
 
 
 def _may_be_a_prompt(value) -> bool:
-    if isinstance(value, list | dict):
-        listed = value if isinstance(value, list) else [value]
-        return bool(listed) and all(map(turns.is_message, listed))
-    return isinstance(value, str) and " " in value
+    return _is_a_sentence(value) or (isinstance(value, str) and " " in value)
+
+
+def _is_a_sentence(value) -> bool:
+    """Whether a value is messages, or more than a few words: five, three that end as sentences do, or, in a script
+    without spaces, more than eight characters. Ids, addresses, categories and the names of models are not."""
+    if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return all(map(messages.is_message, value if isinstance(value, list) else [value]))
+    if isinstance(value, list):
+        return any(isinstance(one, str) and _is_a_sentence(one) for one in value)
+    if not isinstance(value, str):
+        return False
+    words, ends = sum(map(bool, map(_WORD.fullmatch, value.split()))), value.rstrip().endswith((".", "?", "!"))
+    is_unspaced = turns.UNSPACED.search(value) and (len(value) > 8 or value.rstrip().endswith(("？", "。", "！")))
+    return words > 4 or (ends and len(value.split()) > 2) or bool(is_unspaced)
+
+
+def _is_an_answer_s(value, record: dict) -> bool:
+    """Whether a value is an answer of its row, or a list with one."""
+    answers = [record.get(name) for name in forms.ANSWERS]
+    return value in answers or (isinstance(value, list) and any(one in answers for one in value))
 
 
 def _quoted(names) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from helpers.data.forms import best_and_worst
-from helpers.data.turns import ROLES, Row, Unusable, checked
+from helpers.data.messages import ROLES, Unusable
+from helpers.data.turns import Row, checked
 from helpers.lm.encoding import Message
 
 NEEDS = ("message_id", "parent_id", "role", "text", "rank")
@@ -17,7 +18,8 @@ def are_trees(records: Sequence[dict]) -> bool:
 
 def without_nesting(records: list[dict]) -> list[dict]:
     """OASST1's tree files hold a tree a row, each message in its parent's `replies`: its messages instead, in rows."""
-    trees = [record["prompt"] for record in records if isinstance(record.get("prompt"), dict)]
+    prompts = [record["prompt"] for record in records if isinstance(record.get("prompt"), dict)]
+    trees = [prompt for prompt in prompts if {"message_id", "replies"} & prompt.keys()]  # another is one message
     if 2 * len(trees) <= len(records):
         return records
     messages, waiting = [], [(root, None) for root in reversed(trees)]

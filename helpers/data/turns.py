@@ -1,31 +1,28 @@
-"""Rows of preference data: a text, a dialogue or messages as a prompt, and two answers to it.
+"""Rows of preference data: a text or a conversation as a prompt, and two answers to it, each thing said once."""
 
-A text may be plain, the dialogue of HH-RLHF (Bai et al. 2022, arXiv:2204.05862), messages (`role` and `content`, or
-ShareGPT's `from` and `value`), or messages written as JSON. Nothing that is read can execute.
-"""
-
-import ast
-import json
 import re
 from dataclasses import dataclass, field
 from itertools import takewhile
 from operator import eq
 
+from helpers.data.messages import Unusable, said
+from helpers.lm import encoding
 from helpers.lm.encoding import Message, Prompt
 
-MISSING = "a value missing, or of another kind than in the other rows"
 NO_BEGINNING = "no beginning that both answers share"
 WITHIN_A_WORD = "a shared beginning that ends within a word"
+DOUBLED = "the prompt taken off the beginning of both answers"
+TRIMMED = "white space taken off the end of the prompt"
 SYSTEMS = ("system", "system_prompt")  # columns
-ROLES = dict.fromkeys(("user", "human", "prompter"), "user") | {"system": "system"}
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
-_SPEAKER = re.compile(r"\n\n(Human|Assistant):")  # HH-RLHF's; without the blank line it is part of what was said
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # scripts without spaces
 _SENTENCES = re.compile(r".*[.?!:\n]", re.DOTALL)
 _BROKEN = re.compile("[\ud800-\udfff]")  # JSON can escape one half of a character of two
-
-
-class Unusable(Exception):
-    """A row is no pair; the message is the reason that it is counted under."""
+_NAMES = (  # what a turn stands under in dialogues and chat templates
+    r"\b(?:s|bos|begin_of_text|im_start|start_header_id|end_header_id|start_of_turn|sys|inst|system|user|human|prompter|"
+    r"question|q|query|instruction|prompt|input)\b"
+)
+_NAMED_FIRST = re.compile(rf"\W*{_NAMES}\s*[^\w\s]", re.IGNORECASE)
+_NAMED_LAST = re.compile(rf"{_NAMES}\W*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -36,18 +33,25 @@ class Row:
     chosen: str
     rejected: str
     is_shared: bool = field(default=False, repr=False, compare=False)  # the prompt is what two texts begin with
-    was_doubled: bool = field(default=False, repr=False, compare=False)  # it stood before both answers once more
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)  # what does not stand so in the source
 
     @property
     def opening(self) -> str:
         """The first user turn, or the whole of a plain prompt, each run of white space as one space. It ties rows
         together when they are split: many dialogues come with longer versions of themselves, and of one question two
         pairs of texts share different beginnings of an answer, so there a last sentence without an end is left out."""
-        text = self.prompt
-        if not isinstance(text, str):
-            text = next(content for role, content in text if role == "user")
-        whole = _SENTENCES.match(text) if self.is_shared else None
-        return " ".join((whole[0] if whole else text).split())
+        whole = _SENTENCES.match(self._first) if self.is_shared else None
+        return " ".join((whole[0] if whole else self._first).split())
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether two texts share no more than a word or two, as they may by chance: no sentence, and no prompt."""
+        return self.is_shared and len(self._first.split()) < 3 and not _SENTENCES.match(self._first)
+
+    @property
+    def _first(self) -> str:
+        turns = (("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+        return next(text for role, text in turns if role == "user")
 
 
 def checked(prompt: Prompt, *answers: str, **more) -> Row:
@@ -68,64 +72,6 @@ def checked(prompt: Prompt, *answers: str, **more) -> Row:
     if len(roles) % 2 == 0 or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
         raise Unusable("turns that do not alternate between user and assistant, the user's first and last")
     return Row(prompt, *(answers or ("", "")), **more)
-
-
-def said(value, is_prompt: bool = False) -> str | tuple[Message, ...]:
-    """A text, or the turns of a conversation."""
-    if isinstance(value, str):
-        value = _decoded(value, "user" if is_prompt else "assistant")
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        value = value[0]
-    if isinstance(value, str):
-        turns = _dialogue(value) if value.lstrip().startswith("Human:") else ()
-        if is_prompt:
-            return turns[:-1] if turns and turns[-1] == ("assistant", "") else value
-        return turns or value
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise Unusable(MISSING)
-    return tuple(map(_message, value))
-
-
-def _decoded(text: str, speaker: str):
-    """Messages that were written as JSON, or as Python shows them, in place of the text, or a single one of a speaker;
-    any other as it is."""
-    if not re.match(r"\s*(\[\s*)?\{", text):
-        return text
-    for parse in (json.loads, ast.literal_eval):  # the latter reads literals alone, and runs nothing
-        try:
-            found = parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if is_message(found) and len(found) == 2 and _message(found)[0] == speaker:
-            return [found]
-        if isinstance(found, list) and all(map(is_message, found)):
-            return found
-    return text
-
-
-def is_message(value) -> bool:
-    """Whether a value says who speaks, and what, in OpenAI's words or in ShareGPT's."""
-    return isinstance(value, dict) and any(names <= value.keys() for names in ({"role", "content"}, {"from", "value"}))
-
-
-def _message(message) -> Message:
-    if not isinstance(message, dict):
-        raise Unusable("a message without a role and a text")
-    role, content = (message.get(name, message.get(other)) for name, other in (("role", "from"), ("content", "value")))
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        if any(part.get("type", "text") != "text" for part in content):
-            raise Unusable("a message of more than text")
-        texts = [part.get("text") for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    return ROLES.get(role.lower(), role) if isinstance(role, str) else role, content
-
-
-def _dialogue(text: str) -> tuple[Message, ...]:
-    """The turns of HH-RLHF's text, without the white space that belongs to its marks."""
-    parts = _SPEAKER.split("\n\n" + text.lstrip())
-    return tuple((ROLES[speaker.lower()], said.strip()) for speaker, said in zip(parts[1::2], parts[2::2]))
 
 
 def of_dialogues(stated: Prompt, chosen: tuple, rejected: tuple) -> tuple[tuple[Message, ...], str, str]:
@@ -165,23 +111,74 @@ def of_shared_text(chosen: str, rejected: str, record: dict) -> Row:
     end = sum(takewhile(bool, map(eq, chosen, rejected)))
     if not chosen[:end].strip():
         raise Unusable(NO_BEGINNING)
-    if chosen[end - 1].isalnum() and any(text[end : end + 1].isalnum() for text in (chosen, rejected)):
+    if any(_is_within_a_word(text, end) for text in (chosen, rejected)):
         raise Unusable(WITHIN_A_WORD)
     end -= chosen[:end].endswith(" ")
     return checked(with_system(chosen[:end], record), chosen[end:], rejected[end:], is_shared=True)
 
 
-def is_doubled(prompt: str, chosen: str, rejected: str) -> bool:
-    """Whether both answers begin with the prompt once more. Raises Unusable where one of them does."""
-    ends = len(prompt.rstrip())
-    begins = [answer.startswith(prompt) and answer[ends:][:1].isspace() for answer in (chosen, rejected)]
-    if any(begins) and not all(begins):
-        raise Unusable("one answer alone that begins with the prompt")
-    return all(begins) and bool(prompt.strip())
+def _is_within_a_word(text: str, at: int) -> bool:
+    before, after = re.search(r"[^\W_]['’-]?$", text[max(at - 2, 0) : at]), re.match(r"['’-]?[^\W_]", text[at : at + 2])
+    return bool(before and after)
+
+
+def answered(prompt: Prompt, record: dict, *answers: str) -> Row:
+    """The row of a prompt that a record states and of two answers, or none: the system's words of a column of their own
+    are its first turn, and what both answers repeat of it is taken off. Raises Unusable."""
+    notes = ()
+    if isinstance(prompt, str) and prompt != prompt.rstrip():  # an answer's first token would be a lone space
+        prompt, notes = prompt.rstrip(), (TRIMMED,)
+    asked = with_system(prompt, record)
+    row = checked(asked, *answers, notes=notes)
+    said = [prompt] if isinstance(asked, str) else [text for _, text in asked]
+    texts = [prompt] if isinstance(prompt, str) else []
+    if not isinstance(asked, str):  # where one word is said, a greeting, it is often answered with itself
+        texts += filter(_is_long, (said[-1], "\n".join(said), encoding.plain(asked)))
+    for text in texts if answers else ():
+        rests = [_goes_on(answer, text) for answer in answers]
+        if None not in rests:
+            return checked(asked, *rests, notes=(*notes, DOUBLED))
+        if any(rests):
+            raise Unusable("one answer alone that begins with the prompt")
+    if any(_is_named(answer, text) for answer in answers for text in (said[0], said[-1])):
+        raise Unusable("an answer that repeats the prompt after a speaker's name")
+    return row
+
+
+def _is_long(text: str) -> bool:
+    """Whether a text is more than a word."""
+    return len(re.findall(r"\w+", text)) > 1 or bool(UNSPACED.search(text) and len(text) > 5)
+
+
+def _goes_on(answer: str, text: str) -> str | None:
+    """What an answer goes on with where it begins with a text, and that is surely no part of what it says: white space
+    follows, or the text is several words that end in a mark."""
+    rest = _after(answer, text)
+    is_apart = not rest or rest[0].isspace() or (_is_long(text) and not text.rstrip()[-1].isalnum())
+    return rest.lstrip() if rest is not None and is_apart else None
+
+
+def _after(whole: str, text: str) -> str | None:
+    """What stands in a text after another that it begins with, whatever white space is in them; None where it does not,
+    or goes on within a word."""
+    words, at = text.split(), 0
+    if not whole.lstrip().startswith(words[0]) or not " ".join(whole.split()).startswith(" ".join(words)):
+        return None
+    for word in words:
+        at = whole.index(word, at) + len(word)
+    return None if _is_within_a_word(whole, at) else whole[at:]
+
+
+def _is_named(answer: str, text: str) -> bool:
+    """Whether an answer begins as dialogues do, and a text stands in it after the name of who says it."""
+    if not _NAMED_FIRST.match(answer):
+        return False
+    before, found, _ = " ".join(answer.split()).partition(" ".join(text.split()))
+    return bool(found and _NAMED_LAST.search(before))
 
 
 def with_system(prompt: Prompt, record: dict) -> Prompt:
-    """The prompt with the system's words of a column of their own as its first turn."""
+    """The prompt with the system's words of a column of their own as its first turn, unless it begins with them."""
     told = [words for name in SYSTEMS if (words := _system_words(record.get(name))).strip()]
     if not told:
         return prompt
@@ -190,12 +187,13 @@ def with_system(prompt: Prompt, record: dict) -> Prompt:
     words = {text.strip() for text in told} | ({str(turns[0][1]).strip()} if has_one else set())
     if len(words) > 1:
         raise Unusable("two system prompts that disagree")
-    return turns if has_one else (("system", told[0]), *turns)
+    first = turns[0][1] if turns and isinstance(turns[0][1], str) and _is_long(told[0]) else ""
+    return prompt if has_one or _after(first, told[0]) is not None else (("system", told[0]), *turns)
 
 
 def _system_words(value) -> str:
     """What the system says in a column of its own: a text, or one message of its."""
-    words = said(value) if value and isinstance(value, str | list | dict) else ""
+    words = said(value, is_prompt=True) if value and isinstance(value, str | list | dict) else ""
     if isinstance(words, str):
         return words
     if len(words) != 1 or words[0][0] != "system" or not isinstance(words[0][1], str):

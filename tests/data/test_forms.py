@@ -1,12 +1,17 @@
 """Every public form gives its pair, and nothing of a row is read wrongly in silence."""
 
+import gzip
 import json
 
+import pandas as pd
+import pyarrow
 import pytest
+from pyarrow import parquet
 from test_sources import TREE, assistant, system, user
 
 from helpers.data import forms, sources, trees, turns
-from helpers.data.turns import MISSING, Row
+from helpers.data.messages import MISSING
+from helpers.data.turns import Row
 from helpers.places import PROJECT
 
 ASKED = "What is red?"
@@ -198,11 +203,12 @@ def test_names_are_read_in_any_case_and_an_exact_one_first(read):
 
 def test_every_column_that_is_not_read_is_named(read):
     found = read({"id": 3, "Source": "x", "prompt": ASKED, "chosen": BEST, "rejected": WORST, "score_chosen": 2})
-    assert found.unread == ("id", "Source")
+    assert found.unread == ("id", "Source", "score_chosen")  # one score alone says nothing of the pair
     assert found.account == {
         "read as prompt, chosen and rejected, as strings": 1,
         "column 'id' not read": 1,
         "column 'Source' not read": 1,
+        "column 'score_chosen' not read": 1,
     }
 
 
@@ -265,9 +271,6 @@ def test_a_prompt_that_both_answers_repeat_is_taken_off_and_said(read):
     assert found.rows == (Row(ASKED, BEST, WORST),)
     assert found.account["the prompt taken off the beginning of both answers"] == 1
     assert read({"prompt": "A", "chosen": "Apple", "rejected": "Apply"}).rows == (Row("A", "Apple", "Apply"),)
-    spaced = f"{ASKED} "
-    ends = read({"prompt": spaced, "chosen": spaced + BEST, "rejected": spaced + WORST})
-    assert ends.rows == (Row(spaced, BEST, WORST),)
     with pytest.raises(ValueError, match="one answer alone that begins with the prompt"):
         read({**row, "rejected": WORST})
 
@@ -296,10 +299,9 @@ def test_an_answer_that_is_json_of_its_own_is_kept_to_the_letter(read, answer):
     assert read(row).rows == (Row(**row),)
 
 
-def test_one_row_of_messages_is_no_table(read):
+def test_one_row_of_messages_is_no_table_and_no_tree(read):
     row = {"prompt": user(ASKED), "chosen": assistant(BEST), "rejected": assistant(WORST)}
-    with pytest.raises(ValueError, match="hold no preferences in their columns 'prompt', 'chosen', 'rejected'"):
-        read(row, name="one.json")
+    assert read(row, name="one.json").rows == read(row, row).rows == (Row(TURN, BEST, WORST),)
 
 
 def test_messages_of_other_makes_are_messages(read):
@@ -326,6 +328,58 @@ def test_scores_that_contradict_the_pair_set_it_aside(read, names):
     assert found.set_aside == {"a chosen answer scored below the other": 1, "answers scored alike": 1}
 
 
+def test_earlier_turns_of_a_history_stand_before_the_instruction(read):
+    told = (("user", "Hi."), ("assistant", "Hello."), ("user", "What is this?\nRed."))
+    rows = {"instruction": "What is this?", "input": "Red.", "chosen": BEST, "rejected": WORST}
+    for history in ([["Hi.", "Hello."]], '[["Hi.", "Hello."]]'):
+        assert read(rows | {"history": history}).rows == (Row(told, BEST, WORST),)
+        assert read(rows | {"history": history}, prompts=True).rows == (Row(told, "", ""),)
+    system = read(rows | {"history": [["Hi.", "Hello."]], "system": "Be brief."}).rows[0].prompt
+    assert system == (("system", "Be brief."), *told)
+    listed = {"instruction": ASKED, "output": [BEST, WORST], "history": [["Hi.", "Hello."]]}
+    assert read(listed).rows == (Row((*told[:2], *TURN), BEST, WORST),)
+    for none in ([], None):
+        assert read({**listed, "history": none}).rows == (Row(ASKED, BEST, WORST),)
+    for other in (["Hi.", "Hello."], [["Hi."]], "Hi.", 3, {"q": "a"}):
+        with pytest.raises(ValueError, match="a history that is no list of questions and answers"):
+            read({**listed, "history": other})
+
+
+@pytest.mark.parametrize("more", [3, 0, ["Red."], {"text": "Red."}])
+def test_an_input_that_is_no_text_is_not_left_out_in_silence(read, more):
+    with pytest.raises(ValueError, match="hold none but an input that is not text"):
+        read({"instruction": "What is this?", "input": more, "chosen": BEST, "rejected": WORST})
+
+
+@pytest.mark.parametrize("instruction, more, prompt", [
+    ("", ASKED, ASKED), (" ", ASKED, ASKED), (ASKED, float("nan"), ASKED), (ASKED, " ", ASKED),
+])  # fmt: skip
+def test_of_an_instruction_and_an_input_an_empty_one_leaves_no_trace(read, instruction, more, prompt):
+    row = {"instruction": instruction, "input": more, "chosen": BEST, "rejected": WORST}
+    assert read(row).rows == (Row(prompt, BEST, WORST),)
+
+
+def test_white_space_at_the_end_of_a_plain_prompt_is_taken_off_and_said(read):
+    row = {"prompt": f" {ASKED} \n", "chosen": BEST, "rejected": WORST}
+    assert read(row).rows == (Row(f" {ASKED}", BEST, WORST),)
+    assert read(row, prompts=True).rows == (Row(f" {ASKED}", "", ""),)
+    for prompts in (False, True):
+        assert read(row, prompts=prompts).account["white space taken off the end of the prompt"] == 1
+    assert list(read(row | {"prompt": ASKED}).account) == ["read as prompt, chosen and rejected, as strings"]
+
+
+def test_labels_may_be_one_and_minus_one(read):
+    def rows(*labels):
+        return [{"prompt": ASKED, "completion": c, "label": label} for c, label in zip((WORST, BEST), labels)]
+
+    for labels in ((-1, 1), ("-1", "1"), (0, 1), (-1.0, 1.0)):
+        assert read(*rows(*labels)).rows == (Row(ASKED, BEST, WORST),)
+    with pytest.raises(ValueError, match="a label that is neither 1 or true nor 0, -1 or false"):
+        read(*rows("bad", "good"))
+    neither = read(*rows(-1, 1), {"prompt": "q", "completion": "a", "label": 0})  # between the two
+    assert neither.set_aside == {"a label that is neither 1 or true nor 0, -1 or false": 1}
+
+
 # --- Where no column is the prompt ---
 
 
@@ -340,8 +394,101 @@ def test_a_column_of_sentences_that_may_be_the_prompt_is_named(read):
     with pytest.raises(ValueError, match="have a column 'asks', which may be the prompt and is not read as one"):
         read(*rows)
     said = [{**row, "asks": row["chosen"]} for row in rows]
+    with pytest.raises(ValueError, match="have a column 'asks'"):
+        read(rows[0])
     assert len(read(*said).rows) == 4  # a copy of an answer is no prompt
     assert len(read(*({**row, "asks": "the same words"} for row in rows)).rows) == 4
+
+
+PREFER = [{"chosen": f"I would say that {n} is so", "rejected": f"I would say that {n} is not"} for n in range(12)]
+QUESTIONS = ("What is red?", "Which car is the fastest of all", "Why so late?")
+
+
+@pytest.mark.parametrize("asked", [
+    [QUESTIONS[n % 3] for n in range(12)],
+    [QUESTIONS[n % 2] for n in range(12)],
+    [("什么东西是红色的呢", "哪一辆汽车是最快的")[n % 2] for n in range(12)],
+    [("赤いものは何？", "なぜですか。")[n % 2] for n in range(12)],
+    [[QUESTIONS[n % 3]] for n in range(12)],
+    [[QUESTIONS[n % 3], "Red."] for n in range(12)],
+    [[user(QUESTIONS[n % 3])] for n in range(12)],
+    [user(QUESTIONS[n % 3]) for n in range(12)],
+    [json.dumps([user(QUESTIONS[n % 3])]) for n in range(12)],
+    [f"Write {n}" for n in range(12)],
+])  # fmt: skip
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_question_that_several_pairs_share_may_be_the_prompt(read, asked, prompts):
+    with pytest.raises(ValueError, match="have a column 'asks', which may be the prompt and is not read as one"):
+        read(*({**row, "asks": one} for row, one in zip(PREFER, asked)), prompts=prompts)
+
+
+@pytest.mark.parametrize("values", [
+    ["ultrachat-long-name", "sharegpt"],
+    ["closed qa", "open qa", "creative writing"],
+    ["Llama 2 70B Chat", "GPT 4 Turbo", "Claude 3 Opus"],
+    ["Anthropic/hh-rlhf", "https://en.wikipedia.org/wiki/List_of_all_the_red_things"],
+    [f"{n:08x}-1d2b-4c3d-8e4f-{n:012x}" for n in range(12)],
+    [f"data/part {n % 2}/rows.jsonl" for n in range(12)],
+    [["math", "open ended question"], ["code"]],
+    ["开放问答", "封闭问答"],
+    ["开放式问题的回答和写作", "开放式问题的回答和写作"],
+    ["Answer the question as well as you can.", "Answer the question as well as you can."],
+    [{"source": "one of many sources that are read"}, {"source": "x"}],
+    [0.5, 3, None],
+    [None, *QUESTIONS, None, None, None],
+    [[row["chosen"], row["rejected"]] for row in PREFER],
+])  # fmt: skip
+def test_a_column_of_names_and_categories_is_no_prompt(read, values):
+    rows = [{**row, "kind": values[n % len(values)]} for n, row in enumerate(PREFER)]
+    assert len(read(*rows).rows) == 12
+
+
+@pytest.mark.parametrize("kind", [
+    pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    pyarrow.list_(pyarrow.string()),
+    pyarrow.large_string(),
+    pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})),
+    pyarrow.struct({"from": pyarrow.string(), "value": pyarrow.string()}),
+], ids=str)  # fmt: skip
+def test_a_column_of_parquet_that_may_be_the_prompt_is_named_whatever_its_kind(tmp_path, kind):
+    def told(text):
+        if pyarrow.types.is_struct(kind):
+            return human(text)
+        if pyarrow.types.is_list(kind):
+            return [user(text) if pyarrow.types.is_struct(kind.value_type) else text]
+        return text
+
+    asked = [told(QUESTIONS[n % 3]) for n in range(12)]
+    if pyarrow.types.is_dictionary(kind):
+        column = pyarrow.array(asked).dictionary_encode()
+    else:
+        column = pyarrow.array(asked, kind)
+    answers = {name: [row[name] for row in PREFER] for name in PREFER[0]}
+    parquet.write_table(pyarrow.table({**answers, "asks": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="have a column 'asks', which may be the prompt"):
+        sources.read(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("pairs", [
+    [("The sky is blue.", "The sea is green."), ("The rose.", "The snow."), ("I do, yes.", "I never do.")],
+    [("I can't do it.", "I can."), ("I can't say.", "I can say it."), ("A well-known rose.", "A well known rose.")],
+    [("I can’t do it.", "I can do it."), ("It is a well-known car.", "It is a well-made car."), ("Yes", "No")],
+    [(f"I am sorry, but I cannot say {n}", f"I am sorry, but I know {n}") for n in range(4)],
+])  # fmt: skip
+@pytest.mark.parametrize("prompts", [False, True])
+def test_beginnings_that_are_shared_by_chance_are_no_prompts(read, pairs, prompts):
+    rows = [{"chosen": one, "rejected": other} for one, other in pairs]
+    with pytest.raises(ValueError, match=r"have no column for the prompt, and in . of . rows the answers share no"):
+        read(*rows, prompts=prompts)
+
+
+@pytest.mark.parametrize("pair", [("I can't", "I can"), ("well-known", "well known"), ("I can’t", "I can.")])
+def test_a_word_with_a_mark_in_it_is_one_word(read, pair):
+    good = [{"chosen": f"The sky {n} is blue", "rejected": f"The sky {n} is green"} for n in range(2)]
+    found = read(*good, {"chosen": f"We know that {pair[0]} it", "rejected": f"We know that {pair[1]} it"})
+    assert found.set_aside == {turns.WITHIN_A_WORD: 1}
+    quoted = read({"chosen": "It says 'yes'", "rejected": "It says 'no'"})
+    assert quoted.rows == (Row("It says '", "yes'", "no'"),)
 
 
 def test_messages_that_may_be_the_prompt_are_named(read):
@@ -361,6 +508,18 @@ def test_a_null_prompt_gives_way_to_the_column_that_holds_it(read):
 def test_the_nearest_form_is_named_with_what_it_lacks(read):
     with pytest.raises(ValueError, match=r"the nearest form, SHP, needs 'history', .*, and this lacks 'labels'; give"):
         read({"history": "q", "human_ref_A": "a", "human_ref_B": "b"})
+
+
+@pytest.mark.parametrize("row, form, lacks", [
+    ({"prompt": "q", "chosen": "a"}, "prompt, chosen and rejected", "'rejected'"),
+    ({"question": "q", "chosen": "a"}, "question, chosen and rejected", "'rejected'"),
+    ({"prompt": "q", "response_0": "a", "response_1": "b"}, "PKU-SafeRLHF, .*", "'better_response_id'"),
+    ({"question": "q", "answer": "a"}, "question, chosen and rejected", "'chosen', 'rejected'"),
+    ({"text": "q", "good": "a", "bad": "b"}, "prompt, chosen and rejected", "'prompt', 'chosen', 'rejected'"),
+])  # fmt: skip
+def test_the_nearest_form_is_the_one_that_has_most_of_the_columns(read, row, form, lacks):
+    with pytest.raises(ValueError, match=f"the nearest form, {form}, needs .*, and this lacks {lacks}; give"):
+        read(row)
 
 
 # --- Prompts alone ---
@@ -383,6 +542,23 @@ def test_the_nearest_form_is_named_with_what_it_lacks(read):
 )
 def test_prompts_alone_are_read_whatever_answers_there_are(read, row, prompt):
     assert read(row, prompts=True).rows == (Row(prompt, "", ""),)
+
+
+@pytest.mark.parametrize("chosen, rejected", [(BEST, BEST), (BEST, ""), ("", "")])
+def test_a_conversation_whose_answers_are_no_pair_still_has_its_prompt(read, chosen, rejected):
+    both = dict(zip(("chosen", "rejected"), (chosen, rejected)))
+    for row in (
+        {name: f"\n\nHuman: {ASKED}\n\nAssistant: {text}" for name, text in both.items()},
+        {name: [user(ASKED), assistant(text)] for name, text in both.items()},
+        {"chosen": [user(ASKED), assistant(chosen)], "rejected": None},
+        {"chosen": "", "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: {rejected}"},
+    ):
+        assert read(row, prompts=True).rows == (Row(TURN, "", ""),)
+        assert read({**row, "score_chosen": 1, "score_rejected": 1}, prompts=True).rows == (Row(TURN, "", ""),)
+    with pytest.raises(ValueError, match="the two prompts differ"):
+        read({"chosen": [user(ASKED), assistant("a")], "rejected": [user("q"), assistant("b")]}, prompts=True)
+    with pytest.raises(ValueError, match="hold none but no prompt"):
+        read({"chosen": BEST, "rejected": ""}, prompts=True)
 
 
 def test_columns_of_prompts_that_are_not_read_are_named(read):
@@ -422,6 +598,9 @@ PAIRS = [{"prompt": f"What is {n}?", "chosen": "A rose,\nred.", "rejected": 'So 
         ("a.json", json.dumps({"version": 2, "train": PAIRS, "test": PAIRS[:1]})),
         ("a.json", json.dumps({name: [row[name] for row in PAIRS] for name in PAIRS[0]})),
         ("a.json", json.dumps({name: {str(i): row[name] for i, row in enumerate(PAIRS)} for name in PAIRS[0]})),
+        ("a.json", pd.DataFrame(PAIRS).to_json(orient="split")),
+        ("a.json", pd.DataFrame(PAIRS).to_json(orient="index")),
+        ("a.json", pd.DataFrame(PAIRS).to_json(orient="table")),
         ("a.json", json.dumps({"validation": PAIRS})),
         ("a.jsonl", "\n".join(json.dumps(row, indent=2) for row in PAIRS)),
         ("a.jsonl", " ".join(json.dumps(row) for row in PAIRS)),
@@ -435,3 +614,42 @@ def test_a_file_of_another_shape_gives_the_same_rows(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content.encode("utf-8-sig"))
     assert sources.read(str(path)).rows == tuple(Row(**row) for row in PAIRS)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", "prompt,chosen,chosen,rejected\nq,a,b,c\n"),
+        ("a.tsv.gz", "prompt\tchosen\tchosen\nq\ta\tb\n"),
+        ("a.jsonl", '{"prompt": "q", "chosen": "a", "chosen": "b", "rejected": "c"}'),
+        ("a.json", '[{"prompt": "q",\n"chosen": "a", "chosen": "b"}]'),
+        ("a.json", '{"prompt": "q",\n"chosen": "a", "chosen": "b"}\n{"prompt": "p"}'),
+        ("a.json", '{"columns": ["prompt", "chosen", "chosen"], "data": [["q", "a", "b"]]}'),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    with pytest.raises(ValueError, match=rf"{name} has the name 'chosen' twice in a row: leave out all but one\.$"):
+        sources.read(str(path))
+
+
+def test_a_column_of_parquet_that_stands_twice_is_refused(tmp_path):
+    columns = [pyarrow.array([text]) for text in ("q", "a", "b", "c")]
+    table = pyarrow.Table.from_arrays(columns, ["prompt", "chosen", "chosen", "rejected"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has the name 'chosen' twice in a row"):
+        sources.read(str(tmp_path / "a.parquet"))
+
+
+def test_two_columns_of_which_either_may_be_meant_are_refused(read):
+    row = {"Prompt": ASKED, "PROMPT": "q", "chosen": BEST, "rejected": WORST}
+    with pytest.raises(ValueError, match="have the columns 'Prompt', 'PROMPT' for one: leave out all but one"):
+        read(row)
+    assert read({"prompt": ASKED, "ID": 1, "Id": 2, "chosen": BEST, "rejected": WORST}).unread == ("ID", "Id")
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,chosen,rejected,,\n{ASKED},{BEST},{WORST},,\n")
+    assert sources.read(str(path)).rows == (Row(ASKED, BEST, WORST),)

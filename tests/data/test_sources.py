@@ -129,7 +129,7 @@ def test_the_same_pair_is_read_from_every_form(read, row, prompt, form):
         ("The sky is blue.", "The sky is green.", "The sky is"),
         ("Q: red? A: A rose.", "Q: red? A: Snow.", "Q: red? A:"),
         ("Is it?\nYes.", "Is it?\nNo.", "Is it?\n"),
-        ("Two  spaces", "Two  others", "Two "),
+        ("Here are two  spaces", "Here are two  others", "Here are two "),
     ],
 )
 def test_a_prompt_in_both_strings_is_what_trl_finds_there(read, chosen, rejected, prompt):
@@ -248,10 +248,10 @@ def test_strings_without_a_prompt_and_two_answers_are_set_aside(read, chosen, re
 
 
 def test_the_first_pair_of_a_prompt_is_kept_and_prompts_are_told_apart_to_the_letter(read):
-    found = read(PLAIN, {**OTHER, "prompt": "What is red? "}, {**OTHER, "prompt": "What is red?"})
+    found = read(PLAIN, {**OTHER, "prompt": "What is  red?"}, {**OTHER, "prompt": "What is red?"})
     assert [(row.prompt, row.chosen) for row in found.rows] == [
         ("What is red?", "A rose."),
-        ("What is red? ", "Grass."),
+        ("What is  red?", "Grass."),
     ]
     assert found.set_aside == {"another pair of the same prompt": 1} and accounted(found)
 
