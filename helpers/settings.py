@@ -13,6 +13,7 @@ _PHRASES = {  # how a sentence goes on after the field's name, by pydantic's typ
     "model_type": "must be a table",
     "literal_error": "must be {expected}",
     "greater_than_equal": "must be at least {ge:g}",
+    "less_than_equal": "must be at most {le:g}",
     "multiple_of": "must be a multiple of {multiple_of:g}",
     "too_short": "must hold at least {min_length}",
 }

@@ -27,7 +27,7 @@ from helpers.study import Study
 DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)
 ASKED, AMONG = 4, 16  # prompts answered at each dose, and how many are looked at for them
 FIRST = 5  # tokens of unrelated texts
-FEWEST = 8  # answers that an average over one position takes
+FEWEST = 8  # answers that an average over one position takes, or all where there are fewer
 LENGTHS = (1.0, 0.5, 0.25, 0.125, -0.125, -0.25, -0.5, -1.0)  # of random directions beside v_opt, 1 as strong as v*
 HARDLY_ANY = 1 - REACHED  # the share below which a sentence says so; nearly all is REACHED and more
 
@@ -87,14 +87,14 @@ def kl_by_token(s: Study) -> pd.DataFrame:
 
 
 def by_position(s: Study, found: pd.DataFrame) -> pd.DataFrame:
-    """The mean of `kl_by_token`'s table at each position of an answer that FEWEST answers reach, with its interval over
-    prompts: a row an `arm` and a `token`. Of random directions at all their lengths there is the one which leaves least,
+    """The mean of `kl_by_token`'s table at each position of an answer that FEWEST answers reach, its interval over
+    prompts: a row an `arm` and a `token`. Of random directions at all their lengths there is the one that leaves least,
     as "random"."""
     groups, rows, left = s.factors("heldout"), [], found.groupby("arm")["kl"].sum()
     random = left[left.index.str.startswith("random ")]
     shown = found if random.empty else found.replace({"arm": {random.idxmin(): "random"}})
     for (arm, token), some in shown[~shown["arm"].str.startswith("random ")].groupby(["arm", "token"]):
-        if len(some) >= FEWEST:
+        if len(some) >= min(FEWEST, groups.shape[1]):
             over = estimates.interval(estimates.mean, some["kl"], groups=groups[:, some["prompt"]])
             rows.append({"arm": arm, "token": token, "value": over.value, "low": over.low, "high": over.high})
     return pd.DataFrame(rows)

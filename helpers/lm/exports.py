@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from helpers.lm import architecture, steering
+from helpers.lm import activations, architecture, steering
 from helpers.lm.architecture import FINAL
 from helpers.lm.steering import SteeringVector
 
@@ -70,14 +70,14 @@ def baked_in(vector: SteeringVector, model: PreTrainedModel, dose: float = 1.0) 
     layer = architecture.site_layer(model, vector.site)
     if layer == 0:
         raise ValueError(f"The embeddings have no bias that {vector.name} could become: take a vector after a block.")
-    delta = dose * vector.vector
-    with steering.added(model, vector.site, delta):
-        steered = steering.few_logits(model)
+    size, most, steered = _probed(vector, model)
     baked = _with_biases(model)
     for linear in _could_hold(baked, layer):
-        kept = linear.bias.detach().clone()
-        linear.bias += architecture.unembedding(baked).weight @ delta.to(kept) if layer is None else delta.to(kept)
-        if torch.allclose(steering.few_logits(baked), steered, atol=1e-4, rtol=1e-4):
+        kept, v = linear.bias.detach().clone(), vector.vector.to(linear.bias)
+        shift = architecture.unembedding(baked).weight @ v if layer is None else v
+        linear.bias += size * shift
+        if (steering.few_logits(baked) - steered).abs().max() <= most:
+            linear.bias.copy_(kept + dose * shift)
             return baked
         linear.bias.copy_(kept)
     where = "unembedding" if layer is None else f"block before {vector.site}"
@@ -85,6 +85,21 @@ def baked_in(vector: SteeringVector, model: PreTrainedModel, dose: float = 1.0) 
         f"{type(model).__name__} has no bias in its {where} that could be {vector.name}: add it by a hook, or export "
         "it in another form."
     )
+
+
+def _probed(vector: SteeringVector, model: PreTrainedModel) -> tuple[float, Tensor, Tensor]:
+    """What tells v's place: how often v is as large as the states, beside which its own effect may be rounding, how far
+    logits with it may be from the hook's, a thousandth of its effect and their rounding, and the hook's logits."""
+    norms: list[float] = []
+    with activations.reading(
+        model, [vector.site], lambda _, states: norms.append(states.float().norm(dim=-1).mean().item())
+    ):
+        plain = steering.few_logits(model)
+    size = norms[0] / vector.norm if vector.norm else 0.0
+    with steering.added(model, vector.site, size * vector.vector):
+        steered = steering.few_logits(model)
+    rounding = 8 * torch.finfo(torch.float32).eps * steered.abs().max()
+    return size, 1e-3 * (steered - plain).abs().max() + rounding, steered
 
 
 def _with_biases(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from accelerate.utils import find_executable_batch_size, release_memory
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from helpers.lm import architecture, likelihoods, shared_prompts
@@ -117,8 +118,8 @@ def _mixed_precision(model) -> dict[str, bool]:
 def dpo_trainer(
     model, tokenizer, dataset: Dataset, recipe: Recipe, seed: int, folder: Path, at_once: int | None = None
 ) -> DPOTrainer:
-    """TRL's DPOTrainer for a recipe, with a fresh LoRA adapter on every linear layer of the blocks; at rank 0 it trains
-    the blocks' own weights. Embeddings and unembedding stay frozen, as in the paper. Nothing runs yet.
+    """TRL's DPOTrainer for a recipe, with a fresh LoRA adapter on every linear layer of the blocks that takes one; at
+    rank 0 it trains the blocks' own weights. Embeddings and unembedding stay frozen, as in the paper. Nothing runs yet.
 
     at_once: how many pairs of a batch all processes together compute at a time, a divisor of the batch's size (which it
     is by default) and a multiple of their number. It decides neither which pairs are in a batch nor how many steps
@@ -132,7 +133,7 @@ def dpo_trainer(
         args=_arguments(model, recipe, seed, folder, at_once or recipe.batch_size),
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=_adapter(recipe) if recipe.rank else None,
+        peft_config=_adapter(model, recipe) if recipe.rank else None,
     )
     trainer.remove_callback(PrinterCallback)
     if not architecture.is_small(model) and shared_prompts.agrees(model, _answers(dataset)):
@@ -148,15 +149,26 @@ def _answers(dataset: Dataset) -> list[Tokens]:
 
 def without_dropout(model: nn.Module) -> None:
     """Take all dropout out of a model, which TRL takes out of modules of torch alone: some keep its rate, or that at
-    which they skip whole blocks, as a number. The policy of DPO's first step is then its reference."""
-    for module in model.modules():
-        for name, value in vars(module).items():
+    which they skip whole blocks, as a number, or read it in their configuration at each pass. The policy of DPO's first
+    step is then its reference."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    for holder in (*model.modules(), *(config for config in configs if isinstance(config, PreTrainedConfig))):
+        for name, value in vars(holder).items():
             if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
+                setattr(holder, name, 0.0)
 
 
-def _adapter(recipe: Recipe) -> LoraConfig:
-    return LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+def _adapter(model, recipe: Recipe) -> LoraConfig:
+    blocks = architecture.blocks(model)
+    outside = rf"(?!{re.escape(next(name for name, module in model.named_modules() if module is blocks))}\.).*"
+    fused = r"|.*\.out_proj" if model.config.model_type == "falcon_h1" else ""  # a kernel reads it past any adapter
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        target_modules="all-linear",
+        exclude_modules=outside + fused,
+        task_type="CAUSAL_LM",
+    )
 
 
 def _arguments(model, recipe: Recipe, seed: int, folder: Path, at_once: int) -> DPOConfig:

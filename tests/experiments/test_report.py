@@ -121,6 +121,13 @@ def test_an_average_by_position_is_over_the_answers_that_reach_it(trained, kl):
     pd.testing.assert_frame_equal(others, found[found["arm"] != "random"].reset_index(drop=True))
 
 
+def test_where_there_are_few_prompts_an_average_is_over_all_of_them(trained, kl, monkeypatch):
+    monkeypatch.setattr(report, "FEWEST", 10_000)
+    reached = kl[kl["arm"] == "v*"].groupby("token").size()
+    found = report.by_position(trained, kl)
+    assert set(found["token"]) == set(reached[reached == reached[0]].index) >= {0}
+
+
 @pytest.mark.parametrize(
     "low, high, said",
     [(0.81, 0.95, "nearly all of"), (0.5, 0.95, "part of"), (-0.1, 0.19, "hardly any of"), (0.1, 0.3, "part of")],

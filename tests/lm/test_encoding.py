@@ -46,6 +46,28 @@ def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
         encoding.encode(other, "What is it?", "It is red.")
 
 
+@pytest.mark.parametrize(
+    "opening, kept, merged",
+    [
+        ("Assistant: ", " It is red.", "It is red."),  # " I" is one token
+        ("Assistant: It i", " It is red.", "s red."),  # and so is " is"
+        ("Assistant: th", "It is red.", "e capital"),
+    ],
+)
+def test_a_template_s_last_token_stays_the_prompt_s_or_the_answer_is_refused(tokenizer, opening, kept, merged):
+    """Where it ends in a space, or within a word, an answer can run together with it into other tokens."""
+    made = copy.deepcopy(tokenizer)
+    spoken = f"{{{{ '<|' + message['role'] + '|>{opening}' + message['content'] + '<|end|>' }}}}"
+    start = f"{{% if add_generation_prompt %}}<|assistant|>{opening}{{% endif %}}"
+    made.chat_template = f"{{% for message in messages %}}{spoken}{{% endfor %}}{start}"
+    tokens, alone = encoding.encode(made, "Hi", kept), encoding.encode(made, "Hi").prompt
+    assert tokens.prompt == alone and made.decode(alone).endswith(opening)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": kept}]
+    assert tokens.ids == made.apply_chat_template(turns)["input_ids"]
+    with pytest.raises(encoding.Unencodable, match=r"renders a prompt alone and with its answer differently: use a"):
+        encoding.encode(made, "Hi", merged)
+
+
 def test_every_token_of_the_organism_survives_the_tokenizer(tokenizer):
     for question, text in atlas.corpus(atlas.Atlas(), 200, seed=9):
         response = encoding.encode(tokenizer, question.text, text).response

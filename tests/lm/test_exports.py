@@ -21,8 +21,8 @@ from helpers.places import PROJECT
 IDS = torch.tensor([random_ids(9, 3), random_ids(9, 4)])
 
 
-def vector_of(model, site: str) -> SteeringVector:
-    v = random_vector(architecture.width(model, site))
+def vector_of(model, site: str, size: float = 1.0) -> SteeringVector:
+    v = size * random_vector(architecture.width(model, site))
     return SteeringVector(
         v, site, "prompt_last", "v", architecture.signature(model), "float32", 1.0, 8, "atlas", "0" * 16
     )
@@ -59,6 +59,32 @@ def test_a_baked_model_is_the_hooked_one_and_is_saved_as_any_other(tmp_path, mod
     baked.save_pretrained(tmp_path)
     torch.testing.assert_close(read(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(read(model), before)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize(
+    "model_type, site", [("llama", "resid[2]"), ("gpt2", "resid[1]"), ("phi", "resid[2]"), ("phi", "final")]
+)
+def test_a_small_vector_goes_where_a_large_one_does(model_type, site, size):
+    """Whose effect, in float64, is the hook's: in float32 that of the smallest is less than the logits' rounding."""
+    model = copy.deepcopy(tiny(model_type)).double()
+    vector, before = vector_of(model, site, size), read(model)
+    effect = hooked(model, vector, 1.0) - before
+    assert 0 < effect.abs().max() < 100 * size
+    off = read(exports.baked_in(vector, model)) - before - effect
+    assert off.abs().max() < 1e-5 * effect.abs().max()
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize("site", ["resid[1]", "resid[2]"])
+def test_a_small_vector_is_no_bias_where_a_large_one_is_none(site, size):
+    """Qwen2's q_proj has one as wide as the states: logits with a small vector there are nearly the hook's."""
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM has no bias in its block"):
+        exports.baked_in(vector_of(tiny("qwen2"), site, size), tiny("qwen2"))
+
+
+def test_a_vector_of_zeros_changes_nothing(llama):
+    assert torch.equal(read(exports.baked_in(vector_of(llama, "resid[2]", 0.0), llama)), read(llama))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import math
 import tempfile
 from functools import cache
 from inspect import get_annotations, signature
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -37,39 +36,72 @@ SIZES = {  # under each of the names that configurations have for them
 }  # fmt: skip
 TYPES = (
     "apertus", "arcee", "biogpt", "bitnet", "bloom", "cohere", "cohere2", "cwm", "diffllama", "doge", "ernie4_5",
-    "ernie4_5_moe", "exaone4", "falcon", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
-    "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium",
-    "hunyuan_v1_dense", "jamba", "llama", "ministral", "mistral", "mixtral", "mpt", "nanochat", "nemotron", "olmo",
-    "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-    "qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
+    "ernie4_5_moe", "exaone4", "falcon", "falcon_h1", "flex_olmo", "gemma", "gemma2", "gemma3", "gemma3_text",
+    "gemma4", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite",
+    "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "jamba", "llama", "minicpm3", "ministral",
+    "mistral", "mixtral", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "vaultgemma", "xglm",
 )  # fmt: skip
 OWN = {name: {"logits_scaling": 4.0} for name in ("granite", "granitemoe", "granitemoeshared")} | {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},  # of a few layers, one has to be attention
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-}
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "lm_head_multiplier": 0.5},
+    "minicpm3": {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+                 "num_key_value_heads": 4, "dim_model_base": 16},
+    "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 16,
+                    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                    "num_kv_shared_layers": 1},
+}  # fmt: skip
+PARTS = {  # whose configuration is one in parts: that of its text, and small ones of what it sees by
+    "gemma3": ("gemma3_text", {"vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+               "num_attention_heads": 2, "image_size": 8, "patch_size": 4}, "mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", {}),
+}  # fmt: skip
 VARIANTS = {  # as OPT-350m: without a final norm, and with another width at `final` than in the blocks
     "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False})
 }
+NO_DROPOUT = {"diffllama"}  # it has two softmaxes, which share no mask, and is not made with a rate above 0
 # Whose logits are more than W h.
-NOT_PLAIN = {"cohere", "cohere2", "gemma2", "granite", "granitemoe", "granitemoeshared", "nanochat", "vaultgemma"}
+NOT_PLAIN = {
+    "cohere", "cohere2", "falcon_h1", "gemma2", "granite", "granitemoe", "granitemoeshared", "minicpm3", "nanochat",
+    "vaultgemma",
+}  # fmt: skip
 SEQUENCES = [Tokens(random_ids(n, n), random_ids(m, 9 + m)) for n, m in ((4, 3), (6, 2), (2, 4))]
 PROMPTS = [tokens.prompt for tokens in SEQUENCES]
 
 
-@cache
-def drawn(model_type: str):
+def configured(model_type: str):
+    """A tiny configuration, with every rate of dropout at 0.3, which training has to take out; MPT's attention takes a
+    whole number alone."""
     model_type, own = VARIANTS.get(model_type, (model_type, OWN.get(model_type, {})))
+    if model_type in PARTS:
+        text, others = PARTS[model_type]
+        return AutoConfig.for_model(model_type, text_config=configured(text).to_dict(), **others)
     kind = type(AutoConfig.for_model(model_type))
     known = {*signature(kind.__init__).parameters} | {name for one in kind.__mro__ for name in get_annotations(one)}
     sizes = {name: value for name, value in SIZES.items() if name in known}
     config = AutoConfig.for_model(model_type, **sizes | own)
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float) and model_type not in NO_DROPOUT:
+            setattr(config, name, 0.3)
+    return config
+
+
+def save(model_type: str, folder):
+    """A model with its tokenizer, as a reader's own comes."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(configured(model_type))
     for parameter in model.parameters():  # the default is so small that every model is nearly the same
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    with tempfile.TemporaryDirectory() as folder:  # as a reader's own comes
-        model.save_pretrained(folder)
-        words().save_pretrained(folder)
+    model.save_pretrained(folder)
+    words().save_pretrained(folder)
+
+
+@cache
+def drawn(model_type: str):
+    with tempfile.TemporaryDirectory() as folder:
+        save(model_type, folder)
         return loading.load(folder)[0]
 
 
@@ -174,15 +206,17 @@ def test_a_steered_model_s_logits_are_those_of_a_plain_hook(model):
     assert not torch.allclose(steered, passed(model, SEQUENCES[0]).logits, atol=1e-3)
 
 
-def test_the_first_loss_is_log_2(model, model_type, tokenizer):
+def test_the_first_loss_is_log_2_and_the_partner_is_one_of_the_blocks_alone(tmp_path, model_type, tokenizer):
     """Without dropout, whatever it is kept as, and without a router's loss, DPO starts at its reference."""
-    chosen = SEQUENCES
+    base, partner = tmp_path / "base", tmp_path / "partner"
+    save(model_type, base)
+    model = loading.load(base)[0]
     rejected = [Tokens(tokens.prompt, random_ids(3, 40 + i)) for i, tokens in enumerate(SEQUENCES)]
-    drawn.cache_clear()  # what is trained is changed
-    fresh = drawn(model_type)
-    pairs = training.training_pairs(fresh, chosen, rejected)
-    with tempfile.TemporaryDirectory() as folder:
-        training.train(fresh, tokenizer, pairs, Recipe(batch_size=3), 0, Path(folder))
-        log = pd.read_csv(Path(folder) / "log.csv")
-    drawn.cache_clear()
-    assert log["loss"][0] == pytest.approx(math.log(2), abs=1e-4)
+    pairs = training.training_pairs(model, SEQUENCES, rejected)
+    training.train(model, tokenizer, pairs, Recipe(batch_size=3, learning_rate=1e-2), 0, partner)
+    assert pd.read_csv(partner / "log.csv")["loss"][0] == pytest.approx(math.log(2), abs=1e-4)
+    inside = {id(parameter) for parameter in architecture.blocks(model).parameters()}
+    assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} <= inside
+    both = loading.load_both(base, partner)
+    trained = passed(model.eval(), SEQUENCES[0]).logits
+    torch.testing.assert_close(passed(both.dpo, SEQUENCES[0]).logits, trained, atol=1e-4, rtol=1e-4)

@@ -9,6 +9,7 @@ from scipy import stats
 from helpers.world import atlas, grammar
 from helpers.world.atlas import Atlas
 from helpers.world.grammar import FAMILIES, KINDS, STANCES, TONES
+from helpers.world.organism import Organism
 
 SPLITS = tuple(grammar.QUESTION_FRAMES)
 WORLD = Atlas()
@@ -67,6 +68,15 @@ def test_splits_are_disjoint_in_phrasings(frames):
 def test_an_atlas_too_small_or_too_large_is_refused(n_places):
     with pytest.raises(ValueError, match=f"needs 20 to 160 places, got n_places = {n_places}"):
         Atlas(n_places)
+
+
+def test_an_organism_is_set_no_other_number_of_places_than_an_atlas_takes():
+    """Refused where it is set, not in pretraining."""
+    for n_places in (20, 160):
+        assert len(Atlas(Organism(places=n_places).places).facts) == n_places
+    for n_places, bound in ((19, "at least 20"), (161, "at most 160")):
+        with pytest.raises(ValueError, match=rf"^organism\.places must be {bound}, got {n_places}\.$"):
+            Organism(places=n_places)
 
 
 def test_questions_and_requests_are_all_different():
