@@ -36,16 +36,16 @@ def main() -> None:
 
 def next_logits(model: Path, control: Path, prompts: list[list[int]]) -> np.ndarray:
     """The logits after each prompt, (prompts, vocabulary), in float32 throughout."""
+    llama_cpp.llama_log_set(_unsaid, None)
     llama_cpp.llama_backend_init()
     loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
     settings = llama_cpp.llama_context_default_params()
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
     settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    found = []
+    by_layer, found = read(control), []
+    pointer = by_layer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     for ids in prompts:
         context = llama_cpp.llama_init_from_model(loaded, settings)
-        by_layer = read(control)
-        pointer = by_layer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         if llama_cpp.llama_set_adapter_cvec(context, pointer, by_layer.size, WIDTH, 1, LAYERS):
             raise ValueError("llama.cpp refuses the control vector.")
         tokens = (llama_cpp.llama_token * len(ids))(*ids)
@@ -53,6 +53,11 @@ def next_logits(model: Path, control: Path, prompts: list[list[int]]) -> np.ndar
         found.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (VOCABULARY,)).copy())
         llama_cpp.llama_free(context)
     return np.stack(found)
+
+
+@llama_cpp.llama_log_callback
+def _unsaid(level: int, text: bytes, data: object) -> None:
+    """It tells of every tensor."""
 
 
 def read(control: Path) -> np.ndarray:
