@@ -13,6 +13,8 @@ export GOMP_SPINCOUNT := 1000
 # Before its version 2.35 glibc takes no threshold above 32 MiB.
 export MALLOC_MMAP_THRESHOLD_ := $(if $(shell getconf GNU_LIBC_VERSION 2>/dev/null | awk '$$2 >= 2.35'),1073741824,33554432)
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
+# Compiled modules are kept, whatever the shell asks for: otherwise each process compiles torch again, in ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 $(if $(word 2,$(PROFILE)),$(error PROFILE=$(PROFILE) has a space in it, which make cannot pass on: rename the file or its folder))
 NAME := $(patsubst %.toml,%,$(notdir $(PROFILE)))
@@ -22,6 +24,7 @@ FIGURES := $(or $(DSTEER_FIGURES),figures)
 HOUSE := $(shell find helpers -name '*.py') $(wildcard profiles/*.toml) predictions.toml
 ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
 WORLDS := $(filter %_worlds,$(ALL))
+LONGEST := $(WORLDS) $(filter %_ladder,$(ALL))  # begun first where two run at once
 # One page about a pair: the organism's, or another by a profile that takes minutes. Beside a ready partner, prompts do.
 PAIR := $(if $(filter file,$(origin PROFILE)),$(if $(MODEL),report,$(PROFILE)),$(PROFILE))
 PROMPTS := $(if $(DPO_MODEL),$(if $(filter prompts:%,$(DATA)),,prompts:)$(or $(DATA),profiles/prompts.jsonl),$(DATA))
@@ -60,7 +63,7 @@ test: export DSTEER_FIGURES := $(CURDIR)/build/test/figures
 test: $(VENV)/installed ## run the unit tests, and every notebook through nbmake
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/browser tests
 	rm -rf build/test && $(RUN) --prepare build/test/notebooks --profile test $(ALL) one_page
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n 2 --dist loadfile $(patsubst %,build/test/notebooks/%.ipynb,$(filter-out $(READING),$(ALL)) one_page)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n 2 --dist loadfile $(patsubst %,build/test/notebooks/%.ipynb,$(LONGEST) $(filter-out $(READING) $(LONGEST),$(ALL)) one_page)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 $(READING:%=build/test/notebooks/%.ipynb)
 
 .PHONY: test-browser

@@ -6,6 +6,8 @@ study for a stage and get it at once, or after it has been computed, whichever n
 does stands in stages/.
 """
 
+import gc
+
 import numpy as np
 import pandas as pd
 import torch
@@ -40,6 +42,8 @@ __all__ = [  # what notebooks need from deeper down is handed up here
     "EMBEDDED", "POSITIONS", "SteeringVector", "Study", "Tokens", "Unavailable", "bleu", "distinct_n", "dpo_config",
     "judge_all", "judging_cost", "load", "prepare", "rouge_l", "rounding",
 ]  # fmt: skip
+
+gc.freeze()  # what is imported stays: collecting garbage, which every training does, need not look at it
 
 
 def load(profile: str, model: str | None = None, data: str | None = None, dpo_model: str | None = None) -> "Study":
