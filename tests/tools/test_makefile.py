@@ -213,7 +213,7 @@ def test_the_tests_run_every_notebook_and_those_that_read_the_ledger_last_and_in
     commands = make(project, "-n", "test").stdout
     *_, together, in_order = re.findall(r"--nbmake --nbmake-timeout=\d+ (.*)", commands)
     names = [re.findall(r"build/test/notebooks/(\w+)\.ipynb", line) for line in (together, in_order)]
-    assert names == [["00_base", "01_own", "03_late", "10_worlds", "one_page"], ["02_adding", "04_score"]]
+    assert names == [["10_worlds", "00_base", "01_own", "03_late", "one_page"], ["02_adding", "04_score"]]
     assert "-n 2" in together and "-n" not in in_order
 
 
