@@ -1,7 +1,6 @@
 """`python -m benchmarks`: make the contenders' environment on first use, then measure in it."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +13,11 @@ COMPILED = "llama-cpp-python==0.3.36"  # needs a compiler; without one llama.cpp
 
 
 def environment() -> Path:
-    """The Python of build/bench/venv, installed anew where requirements.txt has changed since."""
+    """The Python of build/bench/venv, installed anew where what it has to hold has changed since."""
     venv = BUILD / "venv"
     python, installed = venv / "bin" / "python", venv / "requirements.txt"
-    if not installed.is_file() or installed.read_bytes() != REQUIREMENTS.read_bytes():
+    holds = f"{REQUIREMENTS.read_text()}{ALONE}\n{COMPILED}\n"
+    if not installed.is_file() or installed.read_text() != holds:
         print(
             "Installing repeng, nnsight, steering-vectors and llama.cpp into an environment of their own (once; some "
             "minutes, of which compiling llama.cpp takes most) ...",
@@ -27,9 +27,8 @@ def environment() -> Path:
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--requirement", REQUIREMENTS], check=True)
         subprocess.run([*pip, "--no-deps", ALONE], check=True)
-        if subprocess.run([*pip, COMPILED]).returncode:
-            print("llama.cpp does not install here: it is not compared.", flush=True)
-        shutil.copyfile(REQUIREMENTS, installed)
+        subprocess.run([*pip, COMPILED])
+        installed.write_text(holds)
     return python
 
 
@@ -39,6 +38,8 @@ def main() -> int:
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     python, env = environment(), {**os.environ, **quiet, "PYTHONPATH": str(ROOT)}
     has_llama_cpp = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode == 0
+    if not has_llama_cpp:
+        print("llama.cpp is not compared: it did not install here.", flush=True)
     checks = ["benchmarks.exports", *(["benchmarks.in_llama_cpp"] if has_llama_cpp else [])]
     commands = [*([python, "-m", name] for name in checks), [python, "-m", "benchmarks.measure", BUILD / "bench.json"]]
     return next((code for one in commands if (code := subprocess.run(one, cwd=ROOT, env=env).returncode)), 0)

@@ -39,6 +39,8 @@ def next_logits(model: Path, control: Path, prompts: list[list[int]]) -> np.ndar
     llama_cpp.llama_log_set(_unsaid, None)
     llama_cpp.llama_backend_init()
     loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
+    if not loaded:
+        raise ValueError("llama.cpp does not load the model.")
     settings = llama_cpp.llama_context_default_params()
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
     settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -49,7 +51,8 @@ def next_logits(model: Path, control: Path, prompts: list[list[int]]) -> np.ndar
         if llama_cpp.llama_set_adapter_cvec(context, pointer, by_layer.size, WIDTH, 1, LAYERS):
             raise ValueError("llama.cpp refuses the control vector.")
         tokens = (llama_cpp.llama_token * len(ids))(*ids)
-        llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(ids)))
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(ids))):
+            raise ValueError("llama.cpp does not read the prompt.")
         found.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (VOCABULARY,)).copy())
         llama_cpp.llama_free(context)
     return np.stack(found)

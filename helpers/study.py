@@ -43,6 +43,7 @@ __all__ = [  # what notebooks need from deeper down is handed up here
     "judge_all", "judging_cost", "load", "prepare", "rouge_l", "rounding",
 ]  # fmt: skip
 
+gc.collect()
 gc.freeze()  # what is imported stays: collecting garbage, which every training does, need not look at it
 
 

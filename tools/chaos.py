@@ -146,12 +146,12 @@ def _kill(run: subprocess.Popen) -> None:
 def kernel_killed(whole: Place, rng: random.Random) -> Outcome:
     place = _fresh("kernel")
     run = place.start()
-    while not any(_busy(worker) for worker in _workers(run)):  # until processes of its own compute
+    while not any(map(_busy, workers := _workers(run))):  # until processes of its own compute
         if run.poll() is not None:
             return Outcome(place, "no worker ever computed", went_well=False)
         time.sleep(0.2)
-    workers = _workers(run)
-    psutil.Process(workers[0].ppid()).kill()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(workers[0].ppid()).kill()
     _, left = psutil.wait_procs(workers, timeout=SOON)
     run.wait()
     said, was_said = _sentence(place, r"Notebook \w+ stopped: its kernel died[^\n]*")

@@ -165,7 +165,9 @@ def _are_rows(listed: list) -> bool:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    _refuse_twice(name for name, _ in pairs)
+    """An object. A number or a flag may stand in it twice: none is an answer or a prompt."""
+    if len(dict(pairs)) < len(pairs):
+        _refuse_twice(name for name, value in pairs if isinstance(value, str | list | dict))
     return dict(pairs)
 
 

@@ -281,7 +281,8 @@ def _prompt(columns: Sequence[str], record: dict) -> Prompt:
     Raises Unusable."""
     said = messages.said(record[columns[0]], is_prompt=True)
     below = [record.get(name) for name in columns[1:] if name != HISTORY]
-    below = [text for text in below if text is not None and text == text and str(text).strip()]  # nan is a gap
+    below = [str(one) if _number(one) is not None else one for one in below if one == one]  # nan is a gap
+    below = [text for text in below if text is not None and str(text).strip()]
     if below and not (isinstance(said, str) and all(isinstance(text, str) for text in below)):
         raise Unusable("an input that is not text, or stands beside a prompt that is not")
     earlier = _earlier(record.get(HISTORY)) if HISTORY in columns[1:] else ()
@@ -291,8 +292,12 @@ def _prompt(columns: Sequence[str], record: dict) -> Prompt:
 
 
 def _earlier(history) -> tuple[Message, ...]:
-    """The turns in a list of questions and their answers. Raises Unusable."""
+    """The turns in a list of questions and their answers, or of messages. Raises Unusable."""
+    if history is None or history != history:  # nan is a gap
+        return ()
     pairs = messages.parsed(history) if isinstance(history, str) and history.strip() else history or []
+    if isinstance(pairs, list) and pairs and all(map(messages.is_message, pairs)):
+        return messages.said(pairs)
     if not (isinstance(pairs, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)):
         raise Unusable("a history that is no list of questions and answers")
     return tuple((role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair))

@@ -8,6 +8,7 @@ execute.
 import ast
 import json
 import re
+import warnings
 
 from helpers.lm.encoding import Message
 
@@ -57,8 +58,9 @@ def parsed(text: str):
 
     for parse in (json.loads, ast.literal_eval, with_commas):  # the latter two read literals alone, and run nothing
         try:
-            return parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            with warnings.catch_warnings(action="ignore"):  # of a backslash that Python's literals do not know
+                return parse(text.strip())
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
     return None
 
@@ -69,12 +71,13 @@ def is_message(value) -> bool:
 
 
 def _boxed(value) -> str | None:
-    """The text in a list of one that is written as text; None where there is no such list."""
+    """The text in a list of one that is written as Python shows it, as tables hold lists; None where there is none.
+    Written as JSON it may be what was asked for, unless JSON is in it once more."""
     found = parsed(value) if isinstance(value, str) and value.lstrip().startswith("[") else None
     if not (isinstance(found, list) and len(found) == 1 and isinstance(found[0], str)):
         return None
-    shown = {repr(found), json.dumps(found), json.dumps(found, ensure_ascii=False)}
-    return found[0] if value.strip() in shown else None  # Python would take numpy's ['a' 'b'] for one text
+    is_shown = value.strip() == repr(found)  # Python would take numpy's ['a' 'b'] for one text
+    return found[0] if is_shown or _OPENS.match(found[0]) else None
 
 
 def _decoded(text: str):
@@ -94,7 +97,7 @@ def _decoded(text: str):
         return value
     keys = [re.search(_KEY.format(one), text) and re.search(_KEY.format(other), text)
             for one, other in (("role", "content"), ("from", "value"))]  # fmt: skip
-    if any(keys) and (found is None or _SPEAKS.search(text)):
+    if any(keys) and _SPEAKS.search(text):
         raise Unusable("messages written as text that cannot be read")
     return text
 

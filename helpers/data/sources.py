@@ -55,16 +55,15 @@ def read(source: str) -> Rows:
 
 
 def _refuse_chance_beginnings(found: Rows, source: str, columns: Collection[str]) -> None:
-    """Raise ValueError where most answers share no beginning, or one that they share by chance: a word or two, or what
-    answers to other questions begin with too."""
-    refused = sum(row.is_brief for row in found.rows)
-    refused += sum(found.set_aside.get(reason, 0) for reason in (turns.NO_BEGINNING, turns.WITHIN_A_WORD))
-    refused += found.set_aside.get(SAME, 0) * any(row.is_shared for row in found.rows)
+    """Raise ValueError where most answers share no beginning, or one that they may share by chance: a word or two, or
+    an unfinished sentence that the answers of other rows begin with too."""
+    unfinished = sum(row.is_unfinished for row in found.rows)
+    by_chance = (turns.NO_BEGINNING, turns.WITHIN_A_WORD, *([SAME] if 2 * unfinished > len(found.rows) else []))
+    refused = sum(row.is_brief for row in found.rows) + sum(found.set_aside.get(reason, 0) for reason in by_chance)
     if 2 * refused > found.total:
         raise ValueError(
             f"The data {source} have no column for the prompt, and in {refused} of {found.total} rows the answers "
-            f"share no beginning that could be one, or that of other rows: name a column of {_quoted(columns)} prompt, "
-            "or add it."
+            f"share no beginning that could be one: name a column of {_quoted(columns)} prompt, or add it."
         )
 
 

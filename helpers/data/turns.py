@@ -12,10 +12,9 @@ from helpers.lm.encoding import Message, Prompt
 NO_BEGINNING = "no beginning that both answers share"
 WITHIN_A_WORD = "a shared beginning that ends within a word"
 DOUBLED = "the prompt taken off the beginning of both answers"
-TRIMMED = "white space taken off the end of the prompt"
 SYSTEMS = ("system", "system_prompt")  # columns
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # scripts without spaces
-_SENTENCES = re.compile(r".*[.?!:\n]", re.DOTALL)
+_SENTENCES = re.compile(r".*[.?!:\n。？！：]", re.DOTALL)
 _BROKEN = re.compile("[\ud800-\udfff]")  # JSON can escape one half of a character of two
 _NAMES = (  # what a turn stands under in dialogues and chat templates
     r"\b(?:s|bos|begin_of_text|im_start|start_header_id|end_header_id|start_of_turn|sys|inst|system|user|human|prompter|"
@@ -46,7 +45,13 @@ class Row:
     @property
     def is_brief(self) -> bool:
         """Whether two texts share no more than a word or two, as they may by chance: no sentence, and no prompt."""
-        return self.is_shared and len(self._first.split()) < 3 and not _SENTENCES.match(self._first)
+        words = len(self._first) > 8 if UNSPACED.search(self._first) else len(self._first.split()) > 2
+        return self.is_shared and not words and not _SENTENCES.match(self._first)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether two texts share no whole sentence, so that it may be the answers' own beginning."""
+        return self.is_shared and not _SENTENCES.fullmatch(self._first.rstrip())
 
     @property
     def _first(self) -> str:
@@ -125,11 +130,8 @@ def _is_within_a_word(text: str, at: int) -> bool:
 def answered(prompt: Prompt, record: dict, *answers: str) -> Row:
     """The row of a prompt that a record states and of two answers, or none: the system's words of a column of their own
     are its first turn, and what both answers repeat of it is taken off. Raises Unusable."""
-    notes = ()
-    if isinstance(prompt, str) and prompt != prompt.rstrip():  # an answer's first token would be a lone space
-        prompt, notes = prompt.rstrip(), (TRIMMED,)
     asked = with_system(prompt, record)
-    row = checked(asked, *answers, notes=notes)
+    row = checked(asked, *answers)
     said = [prompt] if isinstance(asked, str) else [text for _, text in asked]
     texts = [prompt] if isinstance(prompt, str) else []
     if not isinstance(asked, str):  # where one word is said, a greeting, it is often answered with itself
@@ -137,10 +139,10 @@ def answered(prompt: Prompt, record: dict, *answers: str) -> Row:
     for text in texts if answers else ():
         rests = [_goes_on(answer, text) for answer in answers]
         if None not in rests:
-            return checked(asked, *rests, notes=(*notes, DOUBLED))
+            return checked(asked, *rests, notes=(DOUBLED,))
         if any(rests):
             raise Unusable("one answer alone that begins with the prompt")
-    if any(_is_named(answer, text) for answer in answers for text in (said[0], said[-1])):
+    if any(_is_named(answer, text) for answer in answers for text in filter(_is_long, (said[0], said[-1]))):
         raise Unusable("an answer that repeats the prompt after a speaker's name")
     return row
 
@@ -188,7 +190,9 @@ def with_system(prompt: Prompt, record: dict) -> Prompt:
     if len(words) > 1:
         raise Unusable("two system prompts that disagree")
     first = turns[0][1] if turns and isinstance(turns[0][1], str) and _is_long(told[0]) else ""
-    return prompt if has_one or _after(first, told[0]) is not None else (("system", told[0]), *turns)
+    rest = _after(first, told[0])
+    is_told = rest is not None and (rest.startswith("\n") or not told[0].rstrip()[-1].isalnum())
+    return prompt if has_one or is_told else (("system", told[0]), *turns)
 
 
 def _system_words(value) -> str:

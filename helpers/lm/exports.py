@@ -70,15 +70,17 @@ def baked_in(vector: SteeringVector, model: PreTrainedModel, dose: float = 1.0) 
     layer = architecture.site_layer(model, vector.site)
     if layer == 0:
         raise ValueError(f"The embeddings have no bias that {vector.name} could become: take a vector after a block.")
-    size, most, steered = _probed(vector, model)
-    baked = _with_biases(model)
+    is_16_bits = model.dtype.itemsize < 4  # whose rounding would hide v's place
+    exact = copy.deepcopy(model).float() if is_16_bits else model
+    size, most, steered = _probed(vector, exact)
+    baked = _with_biases(exact)
     for linear in _could_hold(baked, layer):
         kept, v = linear.bias.detach().clone(), vector.vector.to(linear.bias)
         shift = architecture.unembedding(baked).weight @ v if layer is None else v
         linear.bias += size * shift
         if (steering.few_logits(baked) - steered).abs().max() <= most:
             linear.bias.copy_(kept + dose * shift)
-            return baked
+            return baked.to(model.dtype)
         linear.bias.copy_(kept)
     where = "unembedding" if layer is None else f"block before {vector.site}"
     raise ValueError(

@@ -21,6 +21,8 @@ from helpers.lm.batches import Tokens
 from helpers.lm.progress import ProgressBar
 from helpers.lm.recipe import STOPS, Recipe, step_of
 
+# Models whose kernels take the weights of this map past any adapter on it.
+FUSED = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2")
 TOKENS_AT_ONCE = 512
 disable_progress_bars()  # datasets' own bars; ours say what takes long
 
@@ -161,7 +163,7 @@ def without_dropout(model: nn.Module) -> None:
 def _adapter(model, recipe: Recipe) -> LoraConfig:
     blocks = architecture.blocks(model)
     outside = rf"(?!{re.escape(next(name for name, module in model.named_modules() if module is blocks))}\.).*"
-    fused = r"|.*\.out_proj" if model.config.model_type == "falcon_h1" else ""  # a kernel reads it past any adapter
+    fused = r"|.*\.out_proj" if model.config.model_type in FUSED else ""
     return LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,

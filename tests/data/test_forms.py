@@ -345,7 +345,7 @@ def test_earlier_turns_of_a_history_stand_before_the_instruction(read):
             read({**listed, "history": other})
 
 
-@pytest.mark.parametrize("more", [3, 0, ["Red."], {"text": "Red."}])
+@pytest.mark.parametrize("more", [True, ["Red."], {"text": "Red."}])
 def test_an_input_that_is_no_text_is_not_left_out_in_silence(read, more):
     with pytest.raises(ValueError, match="hold none but an input that is not text"):
         read({"instruction": "What is this?", "input": more, "chosen": BEST, "rejected": WORST})
@@ -353,19 +353,37 @@ def test_an_input_that_is_no_text_is_not_left_out_in_silence(read, more):
 
 @pytest.mark.parametrize("instruction, more, prompt", [
     ("", ASKED, ASKED), (" ", ASKED, ASKED), (ASKED, float("nan"), ASKED), (ASKED, " ", ASKED),
+    (ASKED, 0, f"{ASKED}\n0"),
 ])  # fmt: skip
 def test_of_an_instruction_and_an_input_an_empty_one_leaves_no_trace(read, instruction, more, prompt):
     row = {"instruction": instruction, "input": more, "chosen": BEST, "rejected": WORST}
     assert read(row).rows == (Row(prompt, BEST, WORST),)
 
 
-def test_white_space_at_the_end_of_a_plain_prompt_is_taken_off_and_said(read):
-    row = {"prompt": f" {ASKED} \n", "chosen": BEST, "rejected": WORST}
-    assert read(row).rows == (Row(f" {ASKED}", BEST, WORST),)
-    assert read(row, prompts=True).rows == (Row(f" {ASKED}", "", ""),)
-    for prompts in (False, True):
-        assert read(row, prompts=prompts).account["white space taken off the end of the prompt"] == 1
-    assert list(read(row | {"prompt": ASKED}).account) == ["read as prompt, chosen and rejected, as strings"]
+def test_pairs_of_several_answers_to_one_question_are_one_pair(read):
+    rows = [{"chosen": f"Explain it, please. {one}", "rejected": f"Explain it, please. {other}"} for one, other in
+            (("x", "y"), ("z", "w"), ("u", "v"))]  # fmt: skip
+    assert read(*rows).set_aside == {"another pair of the same prompt": 2}
+
+
+def test_a_beginning_in_a_script_without_spaces_is_a_prompt(read):
+    asked, best, worst = "天空是什么颜色？", "天空是蓝色的。", "我不知道。"
+    assert read({"chosen": asked + best, "rejected": asked + worst}).rows == (Row(asked, best, worst),)
+
+
+@pytest.mark.parametrize("history", [
+    [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}], [["Hi.", "Ho."]],
+])  # fmt: skip
+def test_earlier_turns_may_be_messages_and_a_gap_is_none(read, history):
+    row = {"instruction": ASKED, "chosen": BEST, "rejected": WORST}
+    earlier = (("user", "Hi."), ("assistant", "Ho."), ("user", ASKED))
+    assert read(row | {"history": history}).rows == (Row(earlier, BEST, WORST),)
+    assert read(row | {"history": float("nan")}).rows == (Row(ASKED, BEST, WORST),)
+
+
+def test_sets_of_sets_are_an_answer(read):
+    row = {"prompt": "What is the power set of {1}?", "chosen": "{{}, {1}}", "rejected": "I do not know."}
+    assert read(row).rows == (Row(*row.values()),)
 
 
 def test_labels_may_be_one_and_minus_one(read):

@@ -61,6 +61,17 @@ def test_a_baked_model_is_the_hooked_one_and_is_saved_as_any_other(tmp_path, mod
     assert torch.equal(read(model), before)
 
 
+@pytest.mark.parametrize("model_type, site", [("llama", "resid[1]"), ("gpt2", "resid[1]"), ("phi", "final")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_vector_finds_its_place_in_a_model_of_16_bits(model_type, site, dtype):
+    model = copy.deepcopy(tiny(model_type)).to(dtype)
+    vector = vector_of(model, site)
+    baked, exact = exports.baked_in(vector, model), exports.baked_in(vector, copy.deepcopy(model).float())
+    assert baked.dtype == dtype
+    for name, value in exact.state_dict().items():
+        assert torch.equal(baked.state_dict()[name], value.to(dtype)), name
+
+
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-8])
 @pytest.mark.parametrize(
     "model_type, site", [("llama", "resid[2]"), ("gpt2", "resid[1]"), ("phi", "resid[2]"), ("phi", "final")]
