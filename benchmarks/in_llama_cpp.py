@@ -48,8 +48,8 @@ def next_logits(model: Path, control: Path, prompts: list[list[int]]) -> np.ndar
     pointer = by_layer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     for ids in prompts:
         context = llama_cpp.llama_init_from_model(loaded, settings)
-        if llama_cpp.llama_set_adapter_cvec(context, pointer, by_layer.size, WIDTH, 1, LAYERS):
-            raise ValueError("llama.cpp refuses the control vector.")
+        if not context or llama_cpp.llama_set_adapter_cvec(context, pointer, by_layer.size, WIDTH, 1, LAYERS):
+            raise ValueError("llama.cpp takes no context, or refuses the control vector.")
         tokens = (llama_cpp.llama_token * len(ids))(*ids)
         if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(ids))):
             raise ValueError("llama.cpp does not read the prompt.")
