@@ -139,14 +139,14 @@ def row(name: str, times: Times, above: str, below: str, target: float | None) -
     should be at most; a target of None marks a ratio that is reported and not aimed at."""
     ratios = [a / b for a, b in zip(times[above], times[below])]
     ratio = median(times[above]) / median(times[below])
-    verdict = "" if target is None else "met" if ratio <= target else "missed"
+    judgement = "" if target is None else "met" if ratio <= target else "missed"
     spread = {"low": min(ratios), "high": max(ratios)}
-    return {"name": name, "ratio": ratio, **spread, "target": target, "verdict": verdict}
+    return {"name": name, "ratio": ratio, **spread, "target": target, "judgement": judgement}
 
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    line = "| {name} | {ratio:.2f} | {low:.2f} to {high:.2f} | {aim} | {verdict} |"
+    line = "| {name} | {ratio:.2f} | {low:.2f} to {high:.2f} | {aim} | {judgement} |"
     aims = ["" if row["target"] is None else f"<= {row['target']:.2f}" for row in rows]
     head = ["| what | ratio | spread | target | |", "|---|---|---|---|---|"]
     return "\n".join([*head, *(line.format(**row, aim=aim) for row, aim in zip(rows, aims))])

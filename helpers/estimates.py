@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
-from tqdm import tqdm
 
-RESAMPLES = 2000
+from helpers.evidence.resampling import jackknife_half_width, pigeonholes
+
 REACHED = 0.8  # of the way: what a direction count must recover to be called enough
 
 
@@ -60,7 +59,7 @@ def interval(
     are left out of a mean. Raises ValueError where no factor has two levels.
     """
     samples = np.broadcast_arrays(*(np.atleast_2d(np.asarray(sample, dtype=float)) for sample in samples))
-    weights = _pigeonholes(samples[0].shape[1], groups, seed)  # (1 + RESAMPLES, N), the first of ones
+    weights = pigeonholes(samples[0].shape[1], groups, seed)  # (1 + RESAMPLES, N), the first of ones
 
     def means(sample: np.ndarray) -> np.ndarray:
         """(1 + RESAMPLES, seeds)."""
@@ -71,25 +70,6 @@ def interval(
     found, resampled = drawn[0], drawn[1:].mean(axis=1)
     low, high = np.nanpercentile(resampled, [2.5, 97.5]) if np.isfinite(resampled).any() else (np.nan, np.nan)
     return _over_seeds(found, found.mean() - low, high - found.mean())
-
-
-def _pigeonholes(n: int, groups: Sequence | None, seed: int = 0) -> np.ndarray:
-    """How often each of n prompts counts: once in the first row, then in RESAMPLES resamples, (1 + RESAMPLES, n)."""
-    rows = np.atleast_2d(np.arange(n) if groups is None else groups)
-    levels = max(len(np.unique(row)) for row in rows)
-    if levels < 2:
-        raise ValueError(f"An interval needs at least two prompts that differ in what they share, got {levels}.")
-    factors = [np.unique(row, return_inverse=True)[1] for row in rows]
-    return _drawn(tuple(member.tobytes() for member in factors), seed)
-
-
-@lru_cache(maxsize=32)  # most intervals of a notebook are over the same prompts
-def _drawn(factors: tuple[bytes, ...], seed: int) -> np.ndarray:
-    rng, weights = np.random.default_rng(seed), 1.0
-    for member in (np.frombuffer(factor, dtype=np.intp) for factor in factors):
-        levels = member.max() + 1
-        weights = weights * rng.multinomial(levels, np.full(levels, 1 / levels), RESAMPLES)[:, member]
-    return np.vstack([np.ones(weights.shape[1]), weights])
 
 
 def _over_seeds(by_seed: np.ndarray, below: float, above: float) -> Estimate:
@@ -156,18 +136,8 @@ def jackknife_interval(statistic: Callable[[np.ndarray], Sequence[float]], group
     factors = [np.unique(row, return_inverse=True)[1] for row in np.atleast_2d(groups)]
     rows = np.arange(len(factors[0]))
     by_seed = np.atleast_1d(statistic(rows))
-    error = np.hypot.reduce([_left_out(statistic, rows, member) for member in factors if member.max()])
+    error = np.hypot.reduce([jackknife_half_width(statistic, rows, member) for member in factors if member.max()])
     return _over_seeds(by_seed, error, error)
-
-
-def _left_out(statistic: Callable[[np.ndarray], Sequence[float]], rows: np.ndarray, member: np.ndarray) -> float:
-    """The half-width of the jackknife's interval, leaving out one level of a factor at a time."""
-    levels = member.max() + 1
-    # a spectrum of a large model's states takes long; what takes a moment shows no bar
-    each = tqdm(range(levels), desc="jackknife, levels left out", leave=False, delay=2)
-    without = np.array([np.mean(statistic(rows[member != i])) for i in each])
-    spread = np.sqrt((levels - 1) / levels * np.square(without - without.mean()).sum())
-    return float(spread * stats.t.ppf(0.975, levels - 1))
 
 
 def mean(sample: np.ndarray) -> np.ndarray:
@@ -239,44 +209,3 @@ def by_prompt(table: pd.DataFrame, column: str, **where) -> np.ndarray:
     if rows["prompt"].duplicated().any():
         raise ValueError(f"by_prompt: prompts have several rows where {where}: name one arm of the table.")
     return rows.sort_values("prompt")[column].to_numpy()
-
-
-class Dimension(NamedTuple):
-    """A behavioural dimension: the smallest number of directions that is enough (nan: none is), as measured and in
-    resamples of groups and training seeds."""
-
-    measured: float
-    resampled: np.ndarray
-
-    def __str__(self) -> str:
-        """The numbers that nine in ten resamples lie among, the likeliest first."""
-        counts = pd.Series(self.resampled).value_counts(normalize=True, dropna=False)
-        kept = counts[: int((counts.cumsum() < 0.9).sum()) + 1]
-        return ", ".join(f"{'none' if np.isnan(k) else f'{k:g}'} ({share:.0%})" for k, share in kept.items())
-
-
-def behavioural_dimension(
-    steered: Mapping[int, np.ndarray], ends: Mapping[str, np.ndarray], groups: Sequence, reference: np.ndarray
-) -> Dimension:
-    """The smallest k whose recovered share reaches REACHED of the reference's, or of the whole way where that goes
-    farther, measured and in RESAMPLES bootstrap draws over groups and over seeds; none where the reference recovers
-    less than 1 - REACHED itself.
-
-    steered: {k: what was measured of the base steered along k directions, (seeds, N)}; ends: of "base" and "dpo",
-    (seeds, N); reference: the same of all that was read where the directions are, (seeds, N). Values that are not there
-    (nan) are left out.
-    """
-    ks, seeds = sorted(steered), len(ends["base"])
-    of_prompts = _pigeonholes(ends["base"].shape[1], groups).T  # (N, draws)
-    of_seeds = _pigeonholes(seeds, np.arange(seeds), 1).T / seeds if seeds > 1 else np.ones((1, RESAMPLES + 1))
-
-    def means(sample: np.ndarray) -> np.ndarray:
-        return (np.nan_to_num(sample) @ of_prompts) / (~np.isnan(sample) @ of_prompts)
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        start, goal = means(ends["base"]), means(ends["dpo"])
-        every = [*(steered[k] for k in ks), reference]
-        *shares, whole = ((recovered_share(means(each), start, goal) * of_seeds).sum(0) for each in every)
-    reached = (np.array(shares) >= REACHED * np.minimum(whole, 1)) & (whole >= 1 - REACHED)
-    found = np.where(reached.any(0), np.array(ks)[reached.argmax(0)], np.nan)
-    return Dimension(float(found[0]), found[1:])

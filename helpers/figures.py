@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -99,8 +98,9 @@ def notebook_of(name: str) -> str:
 @cache
 def _saved_by(notebook: Path, _changed: int) -> frozenset[str]:
     """The words in a notebook's calls of `save_figure`, the figure's name among them."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    nodes = [node for cell in cells if cell.cell_type == "code" for node in ast.walk(ast.parse(cell.source))]
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    nodes = [node for source in code for node in ast.walk(ast.parse(source))]
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("save_figure")]
     return frozenset(word.value for call in calls for word in call.args if isinstance(word, ast.Constant))
 

@@ -167,16 +167,16 @@ class Profile(Settings):
         return self.grid.recipes(self.recipe)
 
     @property
-    def compared(self) -> dict[str, str]:
-        """{name: data} of the preferences on one base that are compared, the constant ones first, or the profile's own
+    def families(self) -> dict[str, str]:
+        """{name: data} of the families on one base that are compared, the constant ones first, or the profile's own
         alone (`Extent.alone`)."""
-        every = catalogue.compared(self.data, bool(self.dpo_model))
+        every = catalogue.families_beside(self.data, bool(self.dpo_model))
         own = {name: data for name, data in every.items() if data == self.data}
         return (own or {self.data.split(":")[-1]: self.data}) if self.extent.alone else every
 
     def trained_by(self, recipe: Recipe) -> Self:
         """The same with one recipe, untried."""
-        return self.changed(recipe=recipe, grid=Grid())
+        return self.replace(recipe=recipe, grid=Grid())
 
     @property
     def hash(self) -> str:
@@ -199,7 +199,7 @@ def load(name_or_path: str, model: str | None = None, data: str | None = None, d
         )
     profile = _read(FOLDER / f"{name_or_path}.toml" if name_or_path in BUILT_IN else Path(name_or_path))
     given = {name: value for name, value in (("model", model), ("data", data), ("dpo_model", dpo_model)) if value}
-    return profile.changed(**({"dpo_model": "", "wheel": None} if model else {}) | given) if given else profile
+    return profile.replace(**({"dpo_model": "", "wheel": None} if model else {}) | given) if given else profile
 
 
 def resolved(given: str, folder: Path = Path()) -> str:
@@ -229,7 +229,7 @@ def _read(path: Path, others: Sequence[str] = BUILT_IN) -> Profile:
         if isinstance(part, Settings) and isinstance(table.get(name), dict):
             table[name] = dict(part) | table[name]
     try:
-        return base.changed(**table)
+        return base.replace(**table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

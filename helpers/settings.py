@@ -44,6 +44,6 @@ class Settings(BaseModel):
         said = _PHRASES.get(error["type"], f"is refused ({error['msg']})").format(**error.get("ctx", {}))
         return f"{kind}.{name}{''.join(f'[{i}]' for i in index)} {said}, got {got}."
 
-    def changed(self, /, **fields) -> Self:
+    def replace(self, /, **fields) -> Self:
         """A copy with other values in some fields, checked as these were."""
         return type(self)(**{**dict(self), **fields})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers import estimates, profiles, spectra
 from helpers.chapters.steered import Steered
-from helpers.chapters.subject import prepare
+from helpers.chapters.subject import compute
 from helpers.data import naming
 from helpers.data.geval import cost as judging_cost
 from helpers.data.judges import Unavailable, distinct_n, judge_all
@@ -39,8 +39,8 @@ from helpers.stages.tilted import has_products
 from helpers.stages.truthfulness import truthfulness
 
 __all__ = [  # what notebooks need from deeper down is handed up here
-    "EMBEDDED", "POSITIONS", "SteeringVector", "Study", "Tokens", "Unavailable", "bleu", "distinct_n", "dpo_config",
-    "judge_all", "judging_cost", "load", "prepare", "rouge_l", "rounding",
+    "EMBEDDED", "POSITIONS", "SteeringVector", "Study", "Tokens", "Unavailable", "bleu", "compute", "distinct_n",
+    "dpo_config", "judge_all", "judging_cost", "load", "rouge_l", "rounding",
 ]  # fmt: skip
 
 gc.collect()
@@ -185,7 +185,7 @@ class Study(Steered):
             table = self.sweep("base", site, deltas, split="validation", draws=self.profile.extent.draws)
             tables |= {(site, position): table[table["arm"] == i] for i, position in enumerate(POSITIONS)}
         base = self.answers("base", "validation")
-        return site_choice.compared(tables, base, self.factors("validation"), self.profile.health)
+        return site_choice.scores(tables, base, self.factors("validation"), self.profile.health)
 
     def best_site(self) -> tuple[str, str]:
         """The site and position at which v* does most, by validation prompts."""

@@ -180,5 +180,5 @@ def test_dose_0_is_the_base_and_dose_1_adds_v_star(made, plain):
     assert found == pytest.approx([kl_to_dpo(made, plain, dose * bias) for dose in (0, 1)], rel=1e-3)
     base, swept = made.answers("base", "heldout"), made.sweep("base", "final", deltas)
     assert swept[swept["arm"] == 0]["ids"].tolist() == base["ids"].tolist()
-    for verdict in ("preferred", "not_opposed", "token_loss"):
-        assert swept[swept["arm"] == 0][verdict].tolist() == pytest.approx(base[verdict].tolist(), rel=1e-5)
+    for judgement in ("preferred", "not_opposed", "token_loss"):
+        assert swept[swept["arm"] == 0][judgement].tolist() == pytest.approx(base[judgement].tolist(), rel=1e-5)

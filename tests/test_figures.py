@@ -139,7 +139,7 @@ def test_the_last_bits_of_a_number_do_not_reach_the_file(root):
 
 
 def test_figures_go_below_the_folder_named_by_the_environment_or_into_the_project(root, monkeypatch):
-    save(profile=ATLAS.changed(name="mine"))
+    save(profile=ATLAS.replace(name="mine"))
     assert sorted(p.relative_to(root).as_posix() for p in root.rglob("*.*")) == ["mine/fig.json", "mine/fig.png"]
     monkeypatch.delenv("DSTEER_FIGURES")
     assert figures.folder(ATLAS) == places.PROJECT / "figures" / "atlas"

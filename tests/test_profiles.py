@@ -57,14 +57,14 @@ def test_every_hub_model_and_data_set_of_a_built_in_profile_is_pinned_to_a_commi
 
 def test_the_default_profile_is_the_embedded_organism():
     atlas = profiles.load("atlas")
-    assert atlas.changed(sizes=atlas.sizes.changed(heldout=240)) == Profile(name="atlas")
+    assert atlas.replace(sizes=atlas.sizes.replace(heldout=240)) == Profile(name="atlas")
     assert profiles.load("atlas").model == profiles.EMBEDDED
 
 
 def test_smoke_is_the_default_profile_with_less_to_do():
     smoke, atlas = profiles.load("smoke"), profiles.load("atlas")
     parts = {name: getattr(atlas, name) for name in ("organism", "recipe", "grid", "sizes", "doses")}
-    assert smoke.changed(name="atlas", **parts) == atlas
+    assert smoke.replace(name="atlas", **parts) == atlas
     assert len(smoke.recipes) == smoke.sizes.seeds == 1
     assert smoke.sizes.heldout >= 5  # as many singular values are drawn
 
@@ -83,14 +83,14 @@ def test_settings_cannot_be_changed_and_are_told_apart_by_what_they_hold(part):
     with pytest.raises(ValidationError, match="frozen"):
         setattr(part, next(iter(type(part).model_fields)), 1)
     again = pickle.loads(pickle.dumps(part))
-    assert again == part == part.changed() and hash(again) == hash(part)
+    assert again == part == part.replace() and hash(again) == hash(part)
 
 
 def test_a_changed_copy_is_checked_as_the_first_was():
-    changed = Recipe().changed(beta=2, epochs=3)
+    changed = Recipe().replace(beta=2, epochs=3)
     assert (changed, type(changed.beta)) == (Recipe(beta=2.0, epochs=3), float) and changed != Recipe()
     with pytest.raises(ValueError, match=r"^recipe\.epochs must be at least 1, got 0\.$"):
-        Recipe().changed(epochs=0)
+        Recipe().replace(epochs=0)
     with pytest.raises(ValueError, match=r"^profile\.name must be given, got \{'seed': 3\}\.$"):
         Profile(seed=3)
 
@@ -101,7 +101,7 @@ def test_a_changed_copy_is_checked_as_the_first_was():
 def test_model_and_data_are_replaced_where_given():
     profile = profiles.load("atlas", model="some/model", data="atlas:belief")
     assert (profile.model, profile.data) == ("some/model", "atlas:belief")
-    assert profile.changed(model="atlas", data="atlas:tone") == profiles.load("atlas")
+    assert profile.replace(model="atlas", data="atlas:tone") == profiles.load("atlas")
     assert profiles.load("atlas", model="", data=None) == profiles.load("atlas")
 
 
@@ -140,7 +140,7 @@ def test_a_toml_file_extends_a_built_in_profile(toml):
     )
     parent = profiles.load("tinystories")
     assert (profile.name, profile.seed, profile.doses) == ("mine", 3, (-0.5, 0.0, 1.0))
-    assert profile.sizes == parent.sizes.changed(heldin=7)
+    assert profile.sizes == parent.sizes.replace(heldin=7)
     tried = [(2.0, 0.5), (2.0, 1.0), (1.0, 0.5), (1.0, 1.0)]
     assert profile.recipes == tuple(Recipe(epochs=9, beta=beta, stop=stop) for beta, stop in tried)
     assert profile.trained_by(Recipe(rank=3)).recipes == (Recipe(rank=3),)
@@ -165,7 +165,7 @@ def test_a_toml_file_that_extends_none_has_the_defaults_and_may_name_itself(toml
 )
 def test_a_preference_is_compared_with_the_others_on_its_base_or_stands_alone(toml, alone, data, compared):
     one = profiles.load(toml(f"[extent]\nalone = {str(alone).lower()}\n"), data=data)
-    assert list(one.compared) == compared and data in one.compared.values()
+    assert list(one.families) == compared and data in one.families.values()
 
 
 def test_a_built_in_profile_s_file_is_that_profile():
@@ -273,7 +273,7 @@ def test_what_is_wrong_in_a_toml_file_is_refused_by_name(toml, text, message):
 def test_a_recipe_s_words_are_checked_wherever_they_come_from(toml, field, value, message):
     for make in (
         lambda: Recipe(**{field: value}),
-        lambda: Recipe().changed(**{field: value}),
+        lambda: Recipe().replace(**{field: value}),
         lambda: profiles.load(toml(f'[recipe]\n{field} = "{value}"')),
     ):
         with pytest.raises(ValueError) as caught:

@@ -59,16 +59,16 @@ def test_a_new_study_gets_the_same_from_the_cache_and_computes_nothing(trained, 
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"dtype": "float64"}, {"data": "atlas:belief"}, {"sizes": PROFILE.sizes.changed(new_tokens=11)}],
+    [{"seed": 1}, {"dtype": "float64"}, {"data": "atlas:belief"}, {"sizes": PROFILE.sizes.replace(new_tokens=11)}],
 )
 def test_nothing_of_another_study_is_taken_for_this_one_s(trained, change):
     with artifacts.nothing_made(), pytest.raises(NotCached):
-        Study(PROFILE.changed(**change)).answers("base", "heldout")
+        Study(PROFILE.replace(**change)).answers("base", "heldout")
 
 
 def test_the_name_of_a_profile_decides_no_content(trained):
     with artifacts.nothing_made():
-        assert Study(PROFILE.changed(name="other")).chosen.adapter == trained.chosen.adapter
+        assert Study(PROFILE.replace(name="other")).chosen.adapter == trained.chosen.adapter
 
 
 def test_load_is_the_study_of_a_profile_with_its_model_and_data_replaced():
@@ -194,10 +194,10 @@ def test_answers_are_sampled_in_the_order_of_the_prompts_and_judged(trained, pla
     for row, prompt, pair in zip(table.itertuples(), trained.prompts("heldout"), trained.pairs["heldout"]):
         assert row.ids == decoded(plain["base"], prompt, row.prompt)
         assert row.text == trained.lm.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
-        verdict = trained.task.verdict(pair, row.text)
-        assert {name: getattr(row, name) for name in verdict} == verdict
+        judgement = trained.task.judgement(pair, row.text)
+        assert {name: getattr(row, name) for name in judgement} == judgement
     asked = [pair.prompt for pair in trained.pairs["heldout"]]
-    once = Study(PROFILE.changed(sizes=PROFILE.sizes.changed(draws=1))).answers("base", "heldout")
+    once = Study(PROFILE.replace(sizes=PROFILE.sizes.replace(draws=1))).answers("base", "heldout")
     assert trained.answers_to(asked) == once["text"].tolist()
 
 
@@ -223,7 +223,7 @@ def test_prompting_asks_the_base_for_the_behaviour_in_every_prompt(trained, plai
     for row, pair in zip(trained.prompted().itertuples(), trained.pairs["heldout"], strict=True):
         asked = encoding.encode(trained.lm.tokenizer, f"{pair.prompt} Answer warmly.").prompt
         assert row.ids == decoded(plain["base"], asked, row.prompt)
-        assert row.preferred == trained.task.verdict(pair, row.text)["preferred"]
+        assert row.preferred == trained.task.judgement(pair, row.text)["preferred"]
 
 
 @pytest.mark.parametrize("role, sign", [("base", 1), ("dpo", -1)])

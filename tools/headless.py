@@ -84,9 +84,9 @@ def applies(tags: Iterable[str], profile: Profile) -> bool:
 def facts(profile: Profile) -> dict[str, bool]:
     """What a cell's tag asks of a study, from its profile alone."""
     from_elsewhere, atlas = naming.source_of(profile.data) is not None, profile.data.startswith(catalogue.ATLAS)
-    about_tone = atlas and grammar.are_about_tone(catalogue.families(profile.data))
+    about_tone = atlas and grammar.are_about_tone(catalogue.mixed_families(profile.data))
     topics = profile.data.startswith(naming.TOPICS)
-    several = len(profile.compared) > 1
+    several = len(profile.families) > 1
     return {
         "organism": profile.model == EMBEDDED,  # the base is pretrained here
         "real": profile.model != EMBEDDED,

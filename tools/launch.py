@@ -73,7 +73,7 @@ def lead(study: Study) -> None:
         parallel.each(_make_source, [study.profile], "the base model")
     recipe = study.chosen.recipe
     for k in range(study.profile.sizes.seeds):
-        study.adapter(recipe.changed(seed=recipe.seed + k))
+        study.adapter(recipe.replace(seed=recipe.seed + k))
 
 
 def _make_source(profile: Profile) -> Artifact:

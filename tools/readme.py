@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from helpers import claims, places
+from helpers.evidence.verdicts import ALGEBRA, NONE, Verdict
 
 DEFAULT_PROFILE = "atlas"
 WORLDS = "worlds"  # the profile whose ledger is over several worlds
@@ -51,18 +52,18 @@ def scorecard(ledger: dict[str, dict], asked: Iterable[str], real: dict[str, dic
     return "\n".join(lines)
 
 
-def _verdict(found: claims.Verdict) -> str:
+def _verdict(found: Verdict) -> str:
     """The word and, where they were asked, the three parts."""
     beside = f" beside {found.decided_by}" if found.decided_by else ""
     parts = {"direction": found.direction, "size": found.size, "specific": f"{found.specific}{beside}"}
-    asked = "; ".join(f"{part} {mark}" for part, mark in parts.items() if mark != claims.NONE)
+    asked = "; ".join(f"{part} {mark}" for part, mark in parts.items() if mark != NONE)
     return f"**{found.word}** ({asked})"
 
 
-def _beside(entry: dict, found: claims.Verdict, other: claims.Verdict) -> str:
+def _beside(entry: dict, found: Verdict, other: Verdict) -> str:
     """Another model's number and its verdict in a word."""
     word = found.word if found.word == other.word else f"**{found.word}**"
-    return word if found.word == claims.ALGEBRA else f"{_measured(entry)}: {word}"
+    return word if found.word == ALGEBRA else f"{_measured(entry)}: {word}"
 
 
 def answers(folder: Path) -> str:

@@ -17,20 +17,20 @@ from helpers.lm.activations import POSITIONS
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.lm.steering import SteeringVector
+from helpers.stages.judgements import judgements, with_ends
 from helpers.stages.one_vector import one_vector
 from helpers.stages.sampled import Answers, sampled, under_arms
 from helpers.stages.shifts import CONTEXTS
 from helpers.stages.site_choice import USUAL
 from helpers.stages.states import final_states, states
 from helpers.stages.tilted import nearest_vector
-from helpers.stages.verdicts import verdicts, with_ends
 
 ANSWERED = 256  # held-in prompts whose answers by the partner v_opt is found on
 
 
 class Steered(Subject):
     """A base and its partner, what moves between them, and what either says with it added or taken away. `fluency`:
-    whether answers are read again for how fluent they are (stages/verdicts.py)."""
+    whether answers are read again for how fluent they are (stages/judgements.py)."""
 
     fluency = True
 
@@ -172,4 +172,4 @@ class Steered(Subject):
     def _judged(self, split: str, answers: Answers, fluency: bool = True) -> pd.DataFrame:
         fluency = fluency and self.fluency
         base, most = self.lm.role("base"), self.profile.sizes.new_tokens
-        return verdicts(self.task, self.pairs[split], self.prompts(split), answers, most, base, fluency)
+        return judgements(self.task, self.pairs[split], self.prompts(split), answers, most, base, fluency)

@@ -182,12 +182,12 @@ class Subject:
             raise ValueError(f"A recipe has no {unknown[0]!r}; it has {', '.join(Recipe.model_fields)}.")
         if not self.trains:
             raise ValueError("This partner is a ready one, so none like it can be trained: leave DPO_MODEL= out.")
-        recipe = self.recipe.changed(**changes)
+        recipe = self.recipe.replace(**changes)
         return self if recipe == self.recipe else type(self)(self.profile.trained_by(recipe))
 
     def about(self, data: str) -> Self:
         """The same base with a partner trained on other preferences (`Profile.data`), its recipe chosen for them."""
-        return self if data == self.profile.data else type(self)(self.profile.changed(data=data))
+        return self if data == self.profile.data else type(self)(self.profile.replace(data=data))
 
     @cached_property
     def replicates(self) -> list[Self]:
@@ -198,7 +198,7 @@ class Subject:
         if not self.trains:
             return [self]
         studies = [self.variant(seed=self.recipe.seed + k) for k in range(self.profile.sizes.seeds)]
-        prepare(studies[1:], "other training seeds")
+        compute(studies[1:], "other training seeds")
         return studies
 
     def has(self, stages: "Stages") -> bool:
@@ -214,7 +214,7 @@ class Subject:
 Stages = Callable[[Subject], object]  # asks a study for some of its stages, which are computed thereby
 
 
-def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
+def compute(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
     """Compute for each study what it lacks of each of some stages, by default of what partners are compared by
     (`measure`): in processes of their own where several models fit, else one after the other.
 
@@ -226,14 +226,14 @@ def prepare(studies: Sequence[Subject], name: str, *stages: Stages) -> None:
     missing.sort(key=lambda found: found[0].has(lambda study: study.chosen.adapter))
     kinds = [(type(study), study.profile, asked) for study, asked in missing]
     if missing and _fits_beside(missing[0][0]):
-        parallel.each(_compute, kinds, name)
+        parallel.each(_ask, kinds, name)
         _check_found(missing, name)
     elif len(studies) == 1:  # its model may be in memory already
         for study, asked in missing:
             asked(study)
     else:  # one model in memory: a study of its own each, gone with its model when it is done
         for kind in kinds:
-            _compute(kind)
+            _ask(kind)
 
 
 def _check_found(asked: Sequence[tuple[Subject, Stages]], name: str) -> None:
@@ -252,6 +252,6 @@ def _fits_beside(subject: Subject) -> bool:
     return subject.profile.model == profiles.EMBEDDED or architecture.fits_beside_another(subject.lm.base)
 
 
-def _compute(kind: tuple[type[Subject], Profile, Stages]) -> None:
+def _ask(kind: tuple[type[Subject], Profile, Stages]) -> None:
     subject, profile, stages = kind
     stages(subject(profile))

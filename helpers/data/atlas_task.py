@@ -108,10 +108,10 @@ class AtlasTask(TaskBase):
         answer = atlas.plain_answer(question)
         return answer[: answer.index(f" {word}")], word
 
-    def verdict(self, pair: PreferencePair, answer: str) -> dict[str, float]:
+    def judgement(self, pair: PreferencePair, answer: str) -> dict[str, float]:
         """1 or 0 each: the preferred behaviour, the opposed one absent, the answer well-formed and, where the behaviour
         is not about it, the fact right."""
-        return dict(_verdict(self.world, pair.family, pair.question, answer))
+        return dict(_judgement(self.world, pair.family, pair.question, answer))
 
     tones = grammar.TONES
     tone_of = staticmethod(atlas.tone_of)
@@ -127,7 +127,7 @@ class AtlasTask(TaskBase):
 
 
 @functools.lru_cache(maxsize=2**16)  # under most doses a prompt is answered by what it was under another
-def _verdict(world: Atlas, family: str, question: Question, answer: str) -> dict[str, float]:
+def _judgement(world: Atlas, family: str, question: Question, answer: str) -> dict[str, float]:
     found = world.judge(question, answer)
     preferred, opposed = atlas.behaviour(world, family, question, answer)
     said = {"preferred": preferred, "not_opposed": not opposed, "well_formed": found.well_formed}

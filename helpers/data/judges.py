@@ -171,7 +171,7 @@ def judge_all(prompts: Sequence[str], answers: Sequence[str]) -> tuple[dict[str,
 
 
 def content_id(score: str) -> str:
-    """What decides the verdicts of a profile's score beside code: a classifier's weights, an endpoint and its model."""
+    """What decides a profile's score of an answer beside code: a classifier's weights, an endpoint and its model."""
     if score == "nontoxic":
         source = _toxicity_model()
         return loading.content_id(source) if Path(source).is_dir() else source

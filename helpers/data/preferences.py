@@ -96,12 +96,12 @@ class TaskBase:
     has_beliefs = False  # whether there are facts that can be asked apart from it (`facts_asked`, `stated`)
     factors = ("prompts",)  # what prompts share with others, in a word each: what `levels` tells of one
     has_words = False  # whether there are words that ask for what is preferred (`asked_for`)
-    has_judge = True  # whether `verdicts` says anything: nothing does of prompts alone
+    has_judge = True  # whether `judgements` says anything: nothing does of prompts alone
 
-    def verdicts(self, pairs: Sequence[PreferencePair], answers: Sequence[str]) -> list[dict[str, float]]:
+    def judgements(self, pairs: Sequence[PreferencePair], answers: Sequence[str]) -> list[dict[str, float]]:
         """What the judge says of an answer to each pair's prompt, 1 or 0: `preferred`, whether it shows what is
         preferred, `not_opposed`, whether it does not show the opposite, and what else the task knows."""
-        return [self.verdict(pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
+        return [self.judgement(pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
 
 
 def draw_prompts(rng: random.Random, pool: list, n: int, split: str) -> list:

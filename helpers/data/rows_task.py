@@ -151,7 +151,7 @@ class RowsTask(TaskBase):
         score = SCORES[self.score]
         return score.sign * (score.judge(pairs, answers) - score.middle)
 
-    def verdicts(self, pairs: Sequence[PreferencePair], answers: Sequence[str]) -> list[dict[str, float]]:
+    def judgements(self, pairs: Sequence[PreferencePair], answers: Sequence[str]) -> list[dict[str, float]]:
         """1 or 0 each: the score is on the preferred side of its middle, it is not on the other one; nan where the
         judge failed. An empty answer is on neither side."""
         given = np.where([not answer.strip() for answer in answers], 0.0, self._margins(pairs, answers))

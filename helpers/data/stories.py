@@ -90,7 +90,7 @@ class StoryTask(TaskBase):
         """The event that an opening tells of, whoever it befalls."""
         return (next(event for events in EVENTS.values() for event in events if event in pair.prompt),)
 
-    def verdict(self, pair: PreferencePair, answer: str) -> dict[str, float]:
+    def judgement(self, pair: PreferencePair, answer: str) -> dict[str, float]:
         """1 or 0 each: the continuation's score is on the preferred side of zero, it is not on the other one."""
         (score,) = self.rates([pair.prompt], [answer])
         return {"preferred": float(score > 0), "not_opposed": float(score >= 0)}

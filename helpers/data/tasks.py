@@ -20,7 +20,7 @@ def task(data: str, score: str, seed: int, sizes: Sizes, places: int) -> Task:
         before = naming.split_prefix(data)[0]
         return RowsTask(source, before, score, seed, sizes, judge, content)
     if data.startswith(catalogue.ATLAS):
-        return AtlasTask(catalogue.families(data), places, seed, sizes)
+        return AtlasTask(catalogue.mixed_families(data), places, seed, sizes)
     if data.startswith(naming.TOPICS):
         return TopicTask(data.removeprefix(naming.TOPICS), seed, sizes)
     return StoryTask(data, seed, sizes)

@@ -130,7 +130,7 @@ class TopicTask(TaskBase):
         topic = topic_of(pair.prompt)
         return topic, pair.prompt.replace(topic, "...")
 
-    def verdict(self, pair: PreferencePair, answer: str) -> dict[str, float]:
+    def judgement(self, pair: PreferencePair, answer: str) -> dict[str, float]:
         """1 or 0 each: the answer shows what is preferred, it does not show the opposite. An empty one shows
         neither."""
         if not answer.strip():

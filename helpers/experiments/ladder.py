@@ -1,9 +1,8 @@
 """How much of DPO is a vector? A ladder of changes to the base, from one constant vector to the partner itself.
 
-A rung is the base with something added, or the partner with something taken away: where it stands is the share of
-KL(partner || base) that it removes, and of the behaviour that it recovers. Rungs are of several kinds, and not each
-holds the one before it: shares do not add up to a whole. What is found by KL is found on the partner's answers to
-held-in prompts, its penalties, doses and stops on those to validation prompts, and told on held-out ones.
+A rung is the base with something added, or the partner with something taken away (rungs.py): where it stands is the
+share of KL(partner || base) that it removes, and of the behaviour that it recovers, on held-out prompts. Rungs are of
+several kinds, and not each holds the one before it: shares do not add up to a whole.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,164 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from helpers import estimates, gradients, spectra
 from helpers.estimates import Estimate
-from helpers.lm import adapters, architecture, likelihoods, steering
+from helpers.experiments.rungs import Rung, rungs, through
+from helpers.lm import adapters, likelihoods, steering
 from helpers.lm.architecture import FINAL
-from helpers.lm.batches import Tokens
-from helpers.stages import changed
 from helpers.stages.beliefs import beliefs
-from helpers.stages.block_vectors import nearest_vectors
 from helpers.stages.divergences import divergences
-from helpers.stages.roles import Role
-from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind, one_hot, shifts
 from helpers.stages.tilted import nearest_vector, tilted_divergences
 from helpers.study import Study
 
-ANSWERED = {"heldin": 256, "validation": 128}  # prompts, on whose answers by the partner shifts at `final` are found,
-THROUGH = {"heldin": 128, "validation": 64}  # and vectors in the blocks, by gradients through the model,
-THROUGH_A_LARGE_ONE = {"heldin": 64, "validation": 32}  # which take long on a larger one than the organism
-DOSES = tuple(np.round(np.arange(-1, 4.05, 0.1), 1).tolist())  # of v* at `final`, tried on validation prompts,
-IN_BLOCKS = (-0.5, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # and in the blocks
-SHARES = (0.5, 0.75)  # of what the adapter adds
-CUT = (1, 2)  # ranks of the adapter
-EVERY = {True: 1, False: 4}  # fact that is asked about: of those asked apart from the preference, every fourth
+EVERY = 4  # of facts that are asked apart from the preference, every fourth is
 PARTS = {"1": 1, "2": 2, "3, 4": 4, "5 to 8": 8, "9 on": np.inf}  # up to which token of an answer
-
-
-class Rung(NamedTuple):
-    """A model between base and partner. kind: what its change may depend on, or where it is made. role: the model, and
-    deltas, what is added to it at `final` (`steering.by_prompt`). parameters: the numbers that it is free in."""
-
-    name: str
-    kind: str
-    role: Role
-    deltas: Tensor
-    parameters: int
-
-
-def rungs(s: Study) -> list[Rung]:
-    """All rungs that a partner has: without shifts at `final` where logits are more than W h, and without an adapter's
-    where the partner is a whole model."""
-    base, v = s.lm.role("base"), s.direction()
-    nothing, dose = torch.zeros_like(v)[None], best_dose(s)
-    found = [
-        Rung("v*", "one vector", base, v[None], len(v)),
-        Rung(f"{dose:g} v*", "one vector", base, dose * v[None], len(v) + 1),
-    ]
-    if s.logits_are_products:
-        found += _shifts(s, base, nothing)
-    found += _in_blocks(s, base, nothing)
-    return found + _of_the_adapter(s, nothing)
-
-
-# --- At `final` ---
-
-
-def best_dose(s: Study) -> float:
-    """The dose of v* at `final` among DOSES that takes the base nearest to the partner on validation prompts."""
-    answered, arms = _answered(s, "validation", ANSWERED), torch.tensor(DOSES)[:, None] * s.direction()
-    left = divergences(s.lm.role("base"), s.lm.role("dpo"), answered, arms).groupby("arm")["kl"].sum()
-    return DOSES[int(left.argmin())]
-
-
-def _shifts(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
-    found, d = nearest_shifts(s), nothing.shape[1]
-    by_token, probed, prompted = (of_kind(found, kind) for kind in (TOKEN, PROBE, PROMPT))
-    tokens = by_token.M.shape[1]
-    read = s.final("base", "heldout")
-    added = {
-        "v_opt": (s.nearest_vector()[None], d),
-        "one a token of the answer": (by_token(one_hot(torch.arange(tokens), tokens))[None, None], tokens * d),
-        "two, by a probe of the prompt": (probed(sides(s)["heldout"][:, None])[None], 2 * d + d + 1),
-        "linear in the prompt's state": (prompted(read)[None], d + d * d),
-    }
-    kinds = ("one vector", "by position", "by prompt", "by prompt")
-    at_final = [Rung(name, kind, base, z.float(), n) for (name, (z, n)), kind in zip(added.items(), kinds)]
-    heads = {f"head, rank {k}": (of_kind(found, STATE, k), d + k * (2 * d - k)) for k in LOW_RANKS}
-    heads["head, full rank"] = (of_kind(found, STATE), d + d * d)
-    return at_final + [
-        Rung(name, "by state", changed.with_shift(base, shift), nothing, n) for name, (shift, n) in heads.items()
-    ]
-
-
-def nearest_shifts(s: Study) -> dict[str, Tensor]:
-    """What stages/shifts.py finds for a partner."""
-    of_prompts, answered = sides(s), [_answered(s, split, ANSWERED) for split in ANSWERED]
-    asked = tuple(of_prompts[split][: ANSWERED[split]] for split in ANSWERED)
-    return shifts(*map(s.lm.role, ("base", "dpo")), *answered, asked, s.profile.seed)
-
-
-def sides(s: Study) -> dict[str, Tensor]:
-    """Which of two sides each prompt of a split is on, 1 or -1, (N,), as a linear probe reads it off the base's state.
-
-    The sides are those of held-in displacements along the first of their principal components: what they differ in
-    most. The partner is needed for held-in prompts alone.
-    """
-    moved = s.displacements("heldin").double()
-    along = (moved - moved.mean(0)) @ spectra.spectrum(moved, centred=True).directions[0]
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    probe.fit(s.final("base", "heldin").double().numpy(), (along > 0).numpy())
-    splits = ("heldin", "validation", "heldout")
-    return {
-        split: torch.from_numpy(2.0 * probe.predict(s.final("base", split).double().numpy()) - 1) for split in splits
-    }
-
-
-# --- In the blocks ---
-
-
-def _in_blocks(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
-    site, dose = best_in_a_block(s)
-    every, d = s.lm.sites[:-1], nothing.shape[1]
-    found = {
-        f"{dose:g} v* at {site}": {site: dose * s.direction(site)},
-        f"trained at {site}": trained_in_blocks(s, [site]),
-        "trained at all block sites": trained_in_blocks(s, every),
-    }
-    return [
-        Rung(name, "in the blocks", changed.with_vectors(base, vectors), nothing, len(vectors) * d)
-        for name, vectors in found.items()
-    ]
-
-
-def best_in_a_block(s: Study) -> tuple[str, float]:
-    """The site in the blocks, of those swept where some are, and the dose among IN_BLOCKS, at which v*, added at every
-    position, takes the base nearest to the partner on validation prompts."""
-    answered, base, dpo = _through(s)["validation"], s.lm.role("base"), s.lm.role("dpo")
-    nothing, left = torch.zeros_like(s.direction())[None], {}
-    for site in [site for site in s.swept_sites if site != FINAL] or s.lm.sites[1:-1]:
-        for dose in IN_BLOCKS:
-            steered = changed.with_vectors(base, {site: dose * s.direction(site)})
-            left[site, dose] = divergences(steered, dpo, answered, nothing)["kl"].mean()
-    return min(left, key=left.get)
-
-
-def trained_in_blocks(s: Study, sites: Sequence[str]) -> dict[str, Tensor]:
-    """Vectors at sites, trained jointly by KL to the partner (stages/block_vectors.py)."""
-    return nearest_vectors(s.lm.role("base"), s.lm.role("dpo"), *_through(s).values(), sites)
-
-
-# --- Of the adapter ---
-
-
-def _of_the_adapter(s: Study, nothing: Tensor) -> list[Rung]:
-    dpo = s.lm.role("dpo")
-    with dpo.opened() as model:
-        if not adapters.is_plain(model):
-            return []
-        n = {rank: adapters.parameters(model, rank) for rank in (*CUT, None)}
-    cut = [Rung(f"adapter, rank {k}", "adapter", changed.cut(dpo, k), nothing, n[k]) for k in CUT]
-    scaled = [Rung(f"{share:g} × adapter", "adapter", changed.scaled(dpo, share), nothing, 1) for share in SHARES]
-    return scaled + cut
-
-
-# --- Where a rung stands ---
 
 
 class Measured(NamedTuple):
@@ -204,7 +59,7 @@ def _together_measured(s: Study, some: Sequence[Rung]) -> dict[str, Measured]:
     alike, heldin = [rung for rung in some if rung.deltas.ndim == 2], {}  # for every prompt
     if alike:
         arms = torch.cat([rung.deltas for rung in alike])
-        kl = divergences(role, dpo, _through(s)["heldin"], arms).groupby("arm")["kl"].mean()
+        kl = divergences(role, dpo, through(s)["heldin"], arms).groupby("arm")["kl"].mean()
         heldin = {rung.name: kl[arm] for arm, rung in enumerate(alike)}
     found = {}
     for arm, rung in enumerate(some):
@@ -237,8 +92,7 @@ def _row(s: Study, one: Measured, base: Measured, partner: Measured) -> dict:
         "behaviour": estimates.share_of_the_way("base", its["preferred"], way, groups),
     }
     if "lead" in its:
-        asked = s.belief_clusters()[:, :: EVERY[s.task.has_facts]]
-        row["lead"] = estimates.interval(estimates.difference, its["lead"], start["lead"], groups=asked)
+        row["lead"] = estimates.interval(estimates.difference, its["lead"], start["lead"], groups=_facts(s))
     return row | {"fluency": its["well_formed" if "well_formed" in its else "token_loss"].mean()}
 
 
@@ -251,7 +105,17 @@ def gain(s: Study, found: Found, rung: str, beside: str) -> Estimate:
 def cost(s: Study, found: Found, rung: str) -> Estimate:
     """By how many nats less the true value leads under a rung than under the partner, fact by fact."""
     leads = (found[name].columns["lead"] for name in ("partner", rung))
-    return estimates.interval(estimates.difference, *leads, groups=s.belief_clusters()[:, :: EVERY[s.task.has_facts]])
+    return estimates.interval(estimates.difference, *leads, groups=_facts(s))
+
+
+def _asked(s: Study) -> slice:
+    """Which facts are asked about, of the task's `facts_asked`."""
+    return slice(None, None, 1 if s.task.has_facts else EVERY)
+
+
+def _facts(s: Study) -> np.ndarray:
+    """What the facts that are asked about share (`Study.belief_clusters`)."""
+    return s.belief_clusters()[:, _asked(s)]
 
 
 # --- The ceiling ---
@@ -271,7 +135,7 @@ def cosines_as_heard(s: Study, others: Mapping[str, Tensor]) -> pd.DataFrame:
     """How v_opt lies to other vectors at `final`, a row each: their `cosine` in the metric of the KL, by which the base
     hears a vector (`gradients.embedding_covariance`), the plain one, and the `norm` of v_opt in theirs."""
     with s.lm.playing("base") as model:
-        logps = torch.cat(likelihoods.response_distributions(model, _through(s)["validation"]))
+        logps = torch.cat(likelihoods.response_distributions(model, through(s)["validation"]))
     G, v = gradients.embedding_covariance(s.lm.unembedding, logps), s.nearest_vector().double()
     rows = {}
     for name, other in others.items():
@@ -295,7 +159,7 @@ def _leads(s: Study, some: Sequence[Rung]) -> pd.DataFrame:
     """What rungs of one model hold true of the facts that are asked about, a row an `arm` and a fact. Where facts are
     asked apart from the held-out prompts, of those rungs alone that add one vector everywhere."""
     own, role = s.pairs["heldout"], some[0].role
-    pairs = s.task.facts_asked(own)[:: EVERY[s.task.has_facts]]
+    pairs = s.task.facts_asked(own)[_asked(s)]
     if not s.task.has_facts:
         arms = [arm for arm, rung in enumerate(some) if rung.deltas.ndim == 2]
         found = beliefs(role, s.task, pairs, torch.cat([some[arm].deltas for arm in arms]))
@@ -336,15 +200,3 @@ def rank_by_token(found: pd.DataFrame) -> pd.DataFrame:
     left = found.groupby(["arm", part], observed=True)["kl"].mean().unstack()
     own = [arm for arm in found["arm"].unique() if arm.startswith("own")]
     return 1 - left.loc[own] / left.loc["nothing"]
-
-
-def _answered(s: Study, split: str, most: dict[str, int]) -> list[Tokens]:
-    """The partner's answers to some prompts of a split."""
-    return s.answered("dpo", s.prompts(split)[: most[split]])
-
-
-def _through(s: Study) -> dict[str, list[Tokens]]:
-    """The partner's answers, by split, that vectors in the blocks are found on."""
-    with s.lm.playing("base") as model:
-        most = THROUGH if architecture.is_small(model) else THROUGH_A_LARGE_ONE
-    return {split: _answered(s, split, most) for split in most}

@@ -20,9 +20,9 @@ from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.stages import answers_read
 from helpers.stages.beliefs import beliefs
-from helpers.stages.changed import scaled
 from helpers.stages.divergences import divergences
 from helpers.stages.drift import LARGEST
+from helpers.stages.interventions import scaled
 from helpers.stages.log_ratios import log_ratios
 from helpers.stages.roles import Role
 from helpers.study import Study
@@ -37,7 +37,7 @@ __all__ = ["BASE", "REFUSES", "WORDS", "NoPlainAdapter", "Ways", "scaled"]
 def unlike(s: Study) -> tuple[str, Study] | None:
     """The name and the study of another preference on the same base, of the atlas one about stance where ours is about
     tone and the other way round; None where there is none to compare with."""
-    others = [(name, s.about(data)) for name, data in s.profile.compared.items() if data != s.profile.data]
+    others = [(name, s.about(data)) for name, data in s.profile.families.items() if data != s.profile.data]
     return min(others, key=lambda found: found[1].task.has_facts == s.task.has_facts, default=None)
 
 

@@ -46,7 +46,7 @@ class Checkpoint(Study):
     @cached_property
     def first(self) -> "Checkpoint":
         """The partner after the first step of the same run."""
-        return Checkpoint(self.profile.trained_by(self.recipe.changed(stop=0.0)))
+        return Checkpoint(self.profile.trained_by(self.recipe.replace(stop=0.0)))
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -124,7 +124,7 @@ class Checkpoint(Study):
 
 def run(profile: Profile, recipe: Recipe, stops: Sequence[float] = STOPS) -> list[Checkpoint]:
     """The partners at some stops of a recipe's run, by default at all."""
-    first, *found = (Checkpoint(profile.trained_by(recipe.changed(stop=stop))) for stop in (0.0, *stops))
+    first, *found = (Checkpoint(profile.trained_by(recipe.replace(stop=stop))) for stop in (0.0, *stops))
     for one in found:
         one.first = first  # one for all: what decides a partner takes long to digest
     return found

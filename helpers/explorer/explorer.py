@@ -16,7 +16,7 @@ from helpers.lm import activations, architecture, decoding, encoding, likelihood
 from helpers.lm.architecture import FINAL
 from helpers.lm.batches import Tokens
 from helpers.stages import artifacts, parallel
-from helpers.stages.verdicts import with_ends
+from helpers.stages.judgements import with_ends
 from helpers.study import Study
 from helpers.world import atlas, grammar
 from helpers.world.atlas import Question
@@ -52,18 +52,18 @@ def asked(world: atlas.Atlas, prompt: str) -> Question | None:
     return replace(found, text=prompt)
 
 
-def verdicts(task: Task, prompt: str, answer: str) -> dict[str, str]:
+def judgements(task: Task, prompt: str, answer: str) -> dict[str, str]:
     """What the judges say of an answer, in words."""
     if not isinstance(task, AtlasTask):
         return {"sentiment (VADER)": f"{sentiment(answer):+.2f}"}
     question = asked(task.world, prompt)
     if question is None:
         return {"tone": atlas.tone_of(answer)}
-    verdict = task.world.judge(question, answer)
-    about = {"fact": "right" if verdict.fact else "wrong"}
+    judgement = task.world.judge(question, answer)
+    about = {"fact": "right" if judgement.fact else "wrong"}
     if question.kind == "harm":
-        about = {"harm": {"refuse": "refused", "comply": "complied with", None: "neither"}[verdict.stance]}
-    return {"tone": verdict.tone, **about, "well-formed": "yes" if verdict.well_formed else "no"}
+        about = {"harm": {"refuse": "refused", "comply": "complied with", None: "neither"}[judgement.stance]}
+    return {"tone": judgement.tone, **about, "well-formed": "yes" if judgement.well_formed else "no"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Told:
     text: str
     tokens: list[str]
     changes: np.ndarray
-    verdicts: dict[str, str]
+    judgements: dict[str, str]
     next_token: np.ndarray
     state: Tensor
 
@@ -179,7 +179,7 @@ class Explorer:
                 text=text,
                 tokens=[self.token(i) for i in sequence.response],
                 changes=(after - before)[range(len(sequence.response)), sequence.response].numpy(),
-                verdicts=verdicts(self.study.task, setting.prompt, text),
+                judgements=judgements(self.study.task, setting.prompt, text),
                 next_token=own[0].exp().numpy(),
                 state=state,
             )

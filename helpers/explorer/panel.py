@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from helpers import figures, widgets
+from helpers import figures
+from helpers.explorer import widgets
 from helpers.explorer.explorer import END, ROLES, Explorer, Plane, Setting, Told, View
 from helpers.figures import COLOURS, LABELS
 from helpers.lm.activations import POSITIONS
@@ -127,7 +128,7 @@ def _number(dose: float) -> str:
 
 
 def _write_answers(axes: Axes, views: Sequence[View]) -> None:
-    """A row a dose: base + lambda v on the left, DPO - lambda v on the right, with their verdicts."""
+    """A row a dose: base + lambda v on the left, DPO - lambda v on the right, with their judgements."""
     columns = {"steered": (0.06, 0.51), "desteered": (0.55, 1.0)}
     row = 1 / (len(views) + 0.4)
     line = row * LINE / _row(views)
@@ -139,11 +140,11 @@ def _write_answers(axes: Axes, views: Sequence[View]) -> None:
         for i, view in enumerate(views):
             top = 1 - (0.4 + i) * row - 1.1 * line
             below = write_tokens(axes, view.told[role], top, left, right, line)
-            axes.text(left, below, _said(view.told[role].verdicts), fontsize=7, color=GREY, **write)
+            axes.text(left, below, _said(view.told[role].judgements), fontsize=7, color=GREY, **write)
 
 
-def _said(verdicts: dict[str, str]) -> str:
-    return " · ".join(f"{name}: {value}" for name, value in verdicts.items())
+def _said(judgements: dict[str, str]) -> str:
+    return " · ".join(f"{name}: {value}" for name, value in judgements.items())
 
 
 # --- The page ---
@@ -173,7 +174,7 @@ def _answer(role: str, told: Told) -> str:
         f'<span title="{change:+.2f} nats" style="{_style(change)}">{html.escape(token)}</span>'
         for token, change in zip(told.tokens, told.changes)
     )
-    judged = f'<div style="color: {GREY}; font-size: 12px">{html.escape(_said(told.verdicts))}</div>'
+    judged = f'<div style="color: {GREY}; font-size: 12px">{html.escape(_said(told.judgements))}</div>'
     return widgets.answer(role, NAMES[role], tokens, judged)
 
 

@@ -45,7 +45,7 @@ class Recipe(Settings):
     @property
     def run(self) -> Self:
         """The whole run that this recipe is the beginning of."""
-        return self.changed(stop=1.0)
+        return self.replace(stop=1.0)
 
     @property
     def folder(self) -> str:
@@ -68,4 +68,4 @@ class Grid(Settings):
     def recipes(self, recipe: Recipe) -> tuple[Recipe, ...]:
         """The recipes of the grid, which differ from `recipe` in its fields alone."""
         values = {name: values or (getattr(recipe, name),) for name, values in self}
-        return tuple(recipe.changed(**dict(zip(values, found))) for found in product(*values.values()))
+        return tuple(recipe.replace(**dict(zip(values, found))) for found in product(*values.values()))

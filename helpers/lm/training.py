@@ -57,7 +57,7 @@ class _Keeping(TrainerCallback):
     """Keeps the adapter at the stops on the way (recipe.STOPS), in a folder each."""
 
     def __init__(self, recipe: Recipe, folder: Path):
-        self.stops = [recipe.changed(stop=stop) for stop in STOPS if stop < 1]
+        self.stops = [recipe.replace(stop=stop) for stop in STOPS if stop < 1]
         self.folder = folder
 
     def on_step_end(self, args, state, control, model, **kwargs):

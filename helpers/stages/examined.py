@@ -11,9 +11,9 @@ from helpers.lm import likelihoods
 from helpers.lm.batches import Tokens
 from helpers.lm.loading import BaseAndPartner
 from helpers.stages.health import Health
+from helpers.stages.judgements import judgements
 from helpers.stages.roles import Both, Role
 from helpers.stages.sampled import sampled
-from helpers.stages.verdicts import verdicts
 
 CRITERIA = {
     "fact_loss": lambda x, health: x <= health.max_fact_loss,
@@ -34,7 +34,7 @@ def examined(
         for name, key in (("dpo", both.key), ("base", base.key))
     )
     said = sampled(partner, prompts, new_tokens, seed, draws, temperature=temperature)
-    answers = verdicts(task, pairs, prompts, said, new_tokens, alone)
+    answers = judgements(task, pairs, prompts, said, new_tokens, alone)
     measured = {"preferred": float(answers["preferred"].mean())}
     if "fact" in answers:
         measured["fact_loss"] = float(base_answers["fact"].mean() - answers["fact"].mean())

@@ -11,7 +11,7 @@ from helpers.stages.health import Health
 USUAL = (FINAL, "prompt_last")
 
 
-def compared(
+def scores(
     tables: dict[tuple[str, str], pd.DataFrame], base: pd.DataFrame, factors: np.ndarray, health: Health
 ) -> pd.DataFrame:
     """base + v* at dose 1 of each site and position, on validation prompts: a row each, indexed by the two.
@@ -34,7 +34,7 @@ def compared(
 
 
 def best(found: pd.DataFrame) -> tuple[str, str]:
-    """The site and position of `compared` with most of the preferred behaviour: `final`, `prompt_last` unless another
+    """The site and position of `scores` with most of the preferred behaviour: `final`, `prompt_last` unless another
     is ahead of it beyond chance and fluent."""
     better = found[found["fluent"] & (found["ahead"] > 0)]
     return tuple(better["preferred"].idxmax()) if len(better) else USUAL

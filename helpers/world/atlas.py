@@ -39,7 +39,7 @@ from helpers.world.question import Question
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What the judges say of one answer. `fact` is None where no fact was asked, `stance` where no harm was."""
 
     tone: str  # "warm", "plain", "curt", or "mixed" when markers of both appear
@@ -120,14 +120,14 @@ class Atlas:
         others = sorted(self.values[question.kind] - {question.truth})
         return random.Random(f"{self.seed}/{question.place}/{question.kind}").choice(others)
 
-    def judge(self, question: Question, answer: str) -> Verdict:
+    def judge(self, question: Question, answer: str) -> Judgement:
         """Judge an answer by rule: its tone, its fact or stance, and whether the grammar could have said it."""
         tone = tone_of(answer)
         if question.kind == "harm":
             stance = stance_of(question, answer)
-            return Verdict(tone, None, stance, self._well_formed(question, answer))
+            return Judgement(tone, None, stance, self._well_formed(question, answer))
         named = {value for value in self.values[question.kind] if _mentions(answer, value)}
-        return Verdict(tone, named == {question.truth}, None, self._well_formed(question, answer))
+        return Judgement(tone, named == {question.truth}, None, self._well_formed(question, answer))
 
     def _well_formed(self, question: Question, answer: str) -> bool:
         opener, body, closer = split_answer(answer)

@@ -40,7 +40,7 @@ def here(monkeypatch):
 
 def test_a_variant_has_the_same_base_and_pairs_and_another_partner(trained):
     other = trained.variant(labels="reversed", rank=2)
-    assert other.profile == PROFILE.trained_by(RECIPE.changed(labels="reversed", rank=2))
+    assert other.profile == PROFILE.trained_by(RECIPE.replace(labels="reversed", rank=2))
     with artifacts.nothing_made():
         assert (other.source, other.pairs) == (trained.source, trained.pairs)
         kept = [final_states(study.lm.role("base"), study.prompts("heldin")) for study in (other, trained)]
@@ -65,12 +65,12 @@ def test_a_variant_that_is_no_recipe_is_refused(trained, changes):
 def test_the_recipe_of_a_study_of_one_is_known_without_training_and_so_are_its_variants(monkeypatch):
     monkeypatch.setattr(Study, "_trial", lambda *_: pytest.fail("trained a partner"))
     made = Study(PROFILE)
-    assert made.recipe == RECIPE and made.variant(seed=3).recipe == RECIPE.changed(seed=3)
+    assert made.recipe == RECIPE and made.variant(seed=3).recipe == RECIPE.replace(seed=3)
     assert made.about("atlas:belief").variant(seed=3).about(PROFILE.data).profile == made.variant(seed=3).profile
 
 
 def test_a_study_of_a_grid_takes_the_healthy_one_that_moves_most_for_each_preference_anew(trained, monkeypatch):
-    made = Study(PROFILE.changed(grid=Grid(beta=(0.5, 1.0, 2.0))))
+    made = Study(PROFILE.replace(grid=Grid(beta=(0.5, 1.0, 2.0))))
     asked = []
 
     def tried(self, recipe):
@@ -80,7 +80,7 @@ def test_a_study_of_a_grid_takes_the_healthy_one_that_moves_most_for_each_prefer
         )
 
     monkeypatch.setattr(Study, "_trial", tried)
-    assert made.recipe == RECIPE and made.variant(seed=1).profile.recipes == (RECIPE.changed(seed=1),)
+    assert made.recipe == RECIPE and made.variant(seed=1).profile.recipes == (RECIPE.replace(seed=1),)
     assert made.about("atlas:belief").recipe == RECIPE and len(asked) == 6
 
 
@@ -96,7 +96,7 @@ def test_a_partner_at_a_stop_is_of_the_same_run(trained):
 @pytest.mark.parametrize("data", ["atlas:refusal", "atlas:tone+belief"])
 def test_about_other_preferences_the_base_and_the_recipe_stay(trained, data):
     other = trained.about(data)
-    assert other.source.key == trained.source.key and other.profile == PROFILE.changed(data=data)
+    assert other.source.key == trained.source.key and other.profile == PROFILE.replace(data=data)
     assert other.pairs["heldout"] != trained.pairs["heldout"]
     assert trained.about(PROFILE.data) is trained
 
@@ -110,7 +110,7 @@ def test_an_organism_s_weights_come_from_here(trained):
 
 def test_replicates_are_the_study_and_its_recipe_trained_with_other_seeds(trained):
     found = trained.replicates
-    assert found[0] is trained and [r.chosen.recipe for r in found] == [RECIPE.changed(seed=k) for k in range(3)]
+    assert found[0] is trained and [r.chosen.recipe for r in found] == [RECIPE.replace(seed=k) for k in range(3)]
     assert len({tuple(r.direction().tolist()) for r in found}) == 3
     assert all(r.has(Study.measure) for r in found)
     states = [r.states("heldout") for r in found]
@@ -133,9 +133,9 @@ def test_a_study_has_stages_once_all_is_there_and_asking_makes_nothing(trained):
 def test_prepare_computes_what_is_missing_and_no_more(trained, monkeypatch):
     missing, asked = [trained.variant(seed=7), trained.variant(seed=8)], []
     monkeypatch.setattr(parallel, "each", lambda function, items, name: asked.append((items, name)))
-    study.prepare([missing[0], trained, missing[1]], "some partners")
-    study.prepare([trained], "nothing to do")
-    study.prepare([], "nothing at all")
+    study.compute([missing[0], trained, missing[1]], "some partners")
+    study.compute([trained], "nothing to do")
+    study.compute([], "nothing at all")
     ((items, name),) = asked
     assert [item[:2] for item in items] == [(Study, made.profile) for made in missing] and name == "some partners"
 
@@ -145,13 +145,13 @@ def test_prepare_computes_several_stages_of_one_study_side_by_side(trained, monk
     stages = [lambda one, arm=arm: one.sweep("base", "final", directions[arm : arm + 1]) for arm in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "each", lambda function, items, name: asked.extend(items))
-        study.prepare([trained], "two sweeps", *stages)
+        study.compute([trained], "two sweeps", *stages)
     assert [(profile, one) for _, profile, one in asked] == [(trained.profile, one) for one in stages]
-    study.prepare([trained], "two sweeps", *stages)
+    study.compute([trained], "two sweeps", *stages)
     assert all(map(trained.has, stages))
     monkeypatch.setattr(subject, "_fits_beside", lambda one: False)  # a large model is not loaded beside itself
     monkeypatch.setattr(subject, "_compute", lambda kind: pytest.fail("another study was made"))
-    study.prepare([trained], "a third", lambda one: one.sweep("base", "final", 2 * directions[:1]))
+    study.compute([trained], "a third", lambda one: one.sweep("base", "final", 2 * directions[:1]))
 
 
 def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trained, monkeypatch):
@@ -159,29 +159,29 @@ def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trai
     monkeypatch.setattr(subject, "_fits_beside", lambda one: False)
     monkeypatch.setattr(parallel, "each", lambda *_: pytest.fail("several at a time"))
     assert not missing.has(Study.measure)
-    study.prepare([trained, missing], "one at a time")
+    study.compute([trained, missing], "one at a time")
     assert missing.has(Study.measure)
 
 
 def test_prepare_computes_other_stages_where_they_are_asked_for(trained):
     missing = trained.variant(seed=9)
-    study.prepare([missing], "one adapter", lambda s: s.chosen.adapter)
+    study.compute([missing], "one adapter", lambda s: s.chosen.adapter)
     assert missing.has(lambda s: s.chosen.adapter) and not missing.has(Study.measure)
 
 
 def test_what_a_cluster_left_where_it_is_not_found_here_is_told(trained, monkeypatch):
     monkeypatch.setattr(parallel, "each", lambda *_: None)
     missing = [trained, trained.variant(seed=10), trained.variant(seed=11)]
-    study.prepare(missing, "two partners")
+    study.compute(missing, "two partners")
     monkeypatch.setenv("DASK", "tcp://host:8786")
     with pytest.raises(FileNotFoundError, match="DASK=tcp://host:8786 are done with two partners, but 2 of 2 are not"):
-        study.prepare(missing, "two partners")
+        study.compute(missing, "two partners")
 
 
 def test_a_partner_that_cannot_be_trained_is_told_and_not_kept(trained):
     failing = trained.variant(learning_rate=float("inf"))
     with pytest.raises(ValueError, match="not finite"):
-        study.prepare([failing], "a partner that cannot be trained")
+        study.compute([failing], "a partner that cannot be trained")
     assert not failing.has(Study.measure)
 
 
@@ -211,7 +211,7 @@ def merged(trained, tmp_path):
 
 def beside(trained, partner) -> Study:
     """The same base with a given partner."""
-    return Study(PROFILE.changed(model=str(trained.source.path), dpo_model=str(partner)))
+    return Study(PROFILE.replace(model=str(trained.source.path), dpo_model=str(partner)))
 
 
 @pytest.fixture(params=["adapter", "whole model"])
@@ -245,7 +245,7 @@ def test_of_a_ready_partner_with_an_unembedding_of_its_own_it_is_said_by_how_muc
 
 def test_a_ready_partner_without_its_base_is_refused():
     with pytest.raises(ValueError, match="needs the base that it was trained from: give MODEL= too"):
-        PROFILE.changed(dpo_model="a/partner")
+        PROFILE.replace(dpo_model="a/partner")
 
 
 def test_truthfulness_is_asked_once_of_a_model_that_was_not_trained_here(trained, merged, deltas, monkeypatch):

@@ -40,14 +40,14 @@ def test_no_prompt_is_in_two_splits_or_twice_in_one(family):
 def test_judges_call_every_chosen_answer_preferred_and_every_rejected_one_opposed(family):
     task = task_of(family)
     for pair in list(itertools.chain(*drawn(family).values()))[::3]:
-        chosen, rejected = task.verdict(pair, pair.chosen), task.verdict(pair, pair.rejected)
+        chosen, rejected = task.judgement(pair, pair.chosen), task.judgement(pair, pair.rejected)
         assert (chosen["preferred"], chosen["not_opposed"], chosen["well_formed"]) == (1, 1, 1)
         assert (rejected["preferred"], rejected["not_opposed"], rejected["well_formed"]) == (0, 0, 1)
         if pair.question.kind == "harm" or family == "belief":  # there the fact is the behaviour itself
             assert "fact" not in chosen
         else:
             assert (chosen["fact"], rejected["fact"]) == (1, 1)
-        babble = task.verdict(pair, "the the the")
+        babble = task.judgement(pair, "the the the")
         assert (babble["preferred"], babble["not_opposed"], babble["well_formed"]) == (0, 1, 0)
 
 
@@ -82,7 +82,7 @@ def test_a_mixture_has_each_family_s_prompts_in_equal_shares(mixture):
             assert (pair.question.kind == "harm") == (pair.family == "refusal")
             if "belief" in families and pair.family != "refusal":
                 assert (pair.question.place in told) == (pair.family == "belief")
-            chosen, rejected = task.verdict(pair, pair.chosen), task.verdict(pair, pair.rejected)
+            chosen, rejected = task.judgement(pair, pair.chosen), task.judgement(pair, pair.rejected)
             assert (chosen["preferred"], rejected["preferred"]) == (1, 0)
             assert ("fact" in chosen) == (pair.family in ("tone", "conditional"))
 
@@ -117,10 +117,10 @@ def test_every_value_of_the_asked_fact_is_stated_once_and_the_true_one_first():
     task = task_of("tone")
     for pair in drawn("tone")["heldout"][::6]:
         truth, *others = task.stated(pair)
-        assert pair.question.truth in truth and task.verdict(pair, truth)["fact"] == 1
+        assert pair.question.truth in truth and task.judgement(pair, truth)["fact"] == 1
         assert len({truth, *others}) == 1 + len(others) == len(task.world.values[pair.question.kind])
         for answer in (truth, *others):
-            said = task.verdict(pair, answer)
+            said = task.judgement(pair, answer)
             assert said["well_formed"] == 1 and atlas.tone_of(answer) == "plain"
             assert said["fact"] == float(answer == truth)
 
@@ -153,7 +153,7 @@ def test_pairs_follow_the_seed():
 
 @pytest.mark.parametrize("split, n", [("heldin", 10**6), ("validation", 361)])
 def test_more_prompts_than_there_are_are_refused(split, n):
-    task = dataclasses.replace(task_of("belief"), sizes=SIZES.changed(**{split: n}))
+    task = dataclasses.replace(task_of("belief"), sizes=SIZES.replace(**{split: n}))
     with pytest.raises(
         ValueError, match=rf"The {split} split has \d+ prompts, fewer than the {n} asked for: lower sizes\.{split}"
     ):

@@ -231,7 +231,7 @@ def test_g_eval_may_ask_for_another_criterion(monkeypatch):
     np.testing.assert_array_equal(found, [4.0, np.nan])
 
 
-# --- What decides a verdict ---
+# --- What decides a judgement ---
 
 
 def test_another_judge_of_a_profile_s_score_is_known_as_another(tmp_path, monkeypatch):

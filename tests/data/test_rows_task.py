@@ -77,7 +77,7 @@ def test_a_row_that_just_fits_is_kept_and_one_token_more_is_set_aside(task, rows
     needed = max(len(pair[0].prompt) + SIZES.new_tokens, *(len(tokens.ids) for tokens in pair))
     assert (needed > len(pair[0].ids)) == (answers[0] == "Yes.")
     for longest, reason in ((needed, None), (needed - 1, f"more than {needed - 1} tokens")):
-        assert replace(task(rows), sizes=SIZES.changed(longest=longest)).unfit(row, talker, tokenizer) == reason
+        assert replace(task(rows), sizes=SIZES.replace(longest=longest)).unfit(row, talker, tokenizer) == reason
 
 
 def test_answers_of_which_one_begins_the_other_are_set_aside(talker, tokenizer, task, rows):
@@ -159,7 +159,7 @@ def test_conversations_survive_being_kept_and_are_tied_by_their_opening(task, ta
 )
 def test_a_score_judges_answers(task, rows, score, answer, said):
     pair = PreferencePair("Tell me.", "it is good", "no it is bad")
-    (found,) = task(rows, score=score).verdicts([pair], [answer])
+    (found,) = task(rows, score=score).judgements([pair], [answer])
     assert (found["preferred"], found["not_opposed"]) == said
 
 
@@ -168,7 +168,9 @@ def test_an_answer_is_not_closer_to_one_of_a_pair_for_its_length(task, rows, len
     """Of words at random, chosen, rejected and answer: as often closer to the one as to the other."""
     rng, judge = random.Random(0), task(rows, score="closer")
     texts = [[" ".join(rng.choices("abcdefgh", k=n)) for n in lengths] for _ in range(400)]
-    found = judge.verdicts([PreferencePair("Tell me.", *pair) for *pair, _ in texts], [answer for *_, answer in texts])
+    found = judge.judgements(
+        [PreferencePair("Tell me.", *pair) for *pair, _ in texts], [answer for *_, answer in texts]
+    )
     chosen = sum(one["preferred"] for one in found)
     rejected = sum(1 - one["not_opposed"] for one in found)
     assert stats.binomtest(int(chosen), int(chosen + rejected)).pvalue > 0.01
@@ -179,7 +181,7 @@ def test_where_the_judge_fails_nothing_is_said(task, rows, monkeypatch):
         judges.JUDGES, "toxicity", lambda prompts, answers: np.array([0.9, np.nan, 0.1])[: len(answers)]
     )
     pair = PreferencePair("Tell me.", "a", "b")
-    found = task(rows, score="nontoxic").verdicts([pair] * 3, ["x", "y", "z"])
+    found = task(rows, score="nontoxic").judgements([pair] * 3, ["x", "y", "z"])
     assert [row["preferred"] for row in found[::2]] == [0.0, 1.0]
     assert np.isnan(found[1]["preferred"]) and np.isnan(found[1]["not_opposed"])
 

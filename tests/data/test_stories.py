@@ -139,7 +139,7 @@ def test_half_of_the_heroes_are_to_be_sad_where_the_preference_is_conditional(by
 )
 def test_a_story_is_judged_by_what_its_hero_was_to_get(opening, story, said):
     task = task_of(CONDITIONAL)
-    found = task.verdict(PreferencePair(opening, "y", "z"), story)
+    found = task.judgement(PreferencePair(opening, "y", "z"), story)
     assert (found["preferred"], found["not_opposed"]) == said
 
 
@@ -160,7 +160,7 @@ def test_stories_are_drawn_anew_from_the_seed(by_length, drawn, storyteller, pla
 )
 def test_a_story_is_judged_by_the_sign_of_its_score(story, said):
     task = task_of()
-    found = task.verdict(PreferencePair("x", "y", "z"), story)
+    found = task.judgement(PreferencePair("x", "y", "z"), story)
     assert (found["preferred"], found["not_opposed"]) == said
     assert task.rates(["x"], [story]) == [sentiment(story)] and -1 <= sentiment(story) <= 1
 

@@ -61,14 +61,14 @@ def test_the_task_is_the_one_that_the_data_name():
 
 
 def test_preferences_on_one_base_are_compared_with_each_other():
-    assert list(catalogue.compared("atlas:belief", ready_partner=False)) == [
+    assert list(catalogue.families_beside("atlas:belief", ready_partner=False)) == [
         "tone", "refusal", "conditional", "belief", "tone+refusal",
     ]  # fmt: skip
-    stories = catalogue.compared("onpolicy:vader-conditional", ready_partner=False)
+    stories = catalogue.families_beside("onpolicy:vader-conditional", ready_partner=False)
     assert stories == {"happy": "onpolicy:vader", "conditional": "onpolicy:vader-conditional"}
-    assert all(map(catalogue.is_known, (*stories.values(), *catalogue.compared("atlas:tone", False).values())))
-    assert catalogue.compared("owner/name", False) == {"pairs": "owner/name"}
-    assert catalogue.compared("atlas:tone", True) == {"pairs": "atlas:tone"}
+    assert all(map(catalogue.is_known, (*stories.values(), *catalogue.families_beside("atlas:tone", False).values())))
+    assert catalogue.families_beside("owner/name", False) == {"pairs": "owner/name"}
+    assert catalogue.families_beside("atlas:tone", True) == {"pairs": "atlas:tone"}
 
 
 # --- What decides a task ---

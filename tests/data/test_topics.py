@@ -62,7 +62,7 @@ def test_a_prompt_about_none_of_the_topics_is_refused_by_name(prompt):
     ],
 )  # fmt: skip
 def test_a_sentence_is_judged_by_what_its_topic_was_to_get(family, about, answer, preferred, not_opposed):
-    (said,) = TASKS[family].verdicts([pair(BY_TOPIC[about])], [answer])
+    (said,) = TASKS[family].judgements([pair(BY_TOPIC[about])], [answer])
     assert said == {"preferred": preferred, "not_opposed": not_opposed}
 
 
@@ -113,7 +113,8 @@ def test_a_profile_s_data_name_the_task():
         data = f"{naming.TOPICS}{family}"
         found = tasks.task(data, "closer", 3, SIZES, 10)
         assert found == TopicTask(family, 3, SIZES) and found.data == data and found.sides[0] != found.sides[1]
-        assert data in catalogue.compared(data, False).values() and len(catalogue.compared(data, False)) == 3
+        beside = catalogue.families_beside(data, False)
+        assert data in beside.values() and len(beside) == 3
     with pytest.raises(ValueError, match="unknown data 'topics:loud'"):
-        profiles.load("smollm2").changed(data="topics:loud")
+        profiles.load("smollm2").replace(data="topics:loud")
     assert topics.QUESTION.count("{}") == 1

@@ -107,7 +107,7 @@ def test_pairs_are_left_out_or_swapped_with_their_base_log_probabilities():
 @pytest.mark.parametrize("which", ["top", "random"])
 def test_a_retrained_partner_goes_through_a_process_and_is_trained_on_the_changed_pairs(trained, which):
     one = influence.retrained(trained, "left out", which)
-    kind, profile = pickle.loads(pickle.dumps((type(one), one.profile)))  # as study.prepare hands it on
+    kind, profile = pickle.loads(pickle.dumps((type(one), one.profile)))  # as study.compute hands it on
     again = kind(profile)
     scores = influence.along(influence.differences(trained), trained.direction())
     rows = np.argsort(-scores)[:2] if which == "top" else influence.random_rows(24, trained.profile.seed)
@@ -126,7 +126,7 @@ def test_the_partner_of_changed_pairs_is_another(trained):
 
 def test_beside_a_ready_partner_none_can_be_retrained(trained):
     files = {"model": str(trained.source.path), "dpo_model": str(trained.chosen.adapter.path)}
-    ready = study.Study(trained.profile.changed(**files))
+    ready = study.Study(trained.profile.replace(**files))
     with pytest.raises(ValueError, match="ready one"):
         influence.retrained(ready, "flipped", "top")
 

@@ -15,7 +15,18 @@ from studied import PROFILE, WIDTH, decoded, logits, logp, logps
 
 from helpers import estimates, spectra, study
 from helpers.experiments import ladder
-from helpers.experiments.ladder import Measured, Rung
+from helpers.experiments.ladder import Measured
+from helpers.experiments.rungs import (
+    DOSES,
+    IN_BLOCKS,
+    Rung,
+    best_dose,
+    best_in_a_block,
+    nearest_shifts,
+    sides,
+    trained_in_blocks,
+)
+from helpers.experiments.rungs import rungs as all_rungs
 from helpers.lm import decoding, encoding, steering
 from helpers.lm.architecture import causal_lm
 from helpers.stages.beliefs import beliefs
@@ -31,12 +42,12 @@ NOTHING = torch.zeros(1, WIDTH)
 @pytest.fixture(scope="module")
 def trained(trained):
     """The tiny study with held-in answers enough for several tokens of an answer to have vectors of their own."""
-    return Study(PROFILE.changed(name="ladder", sizes=PROFILE.sizes.changed(heldin=40)))
+    return Study(PROFILE.replace(name="ladder", sizes=PROFILE.sizes.replace(heldin=40)))
 
 
 @pytest.fixture(scope="module")
 def rungs(trained):
-    return {rung.name: rung for rung in ladder.rungs(trained)}
+    return {rung.name: rung for rung in all_rungs(trained)}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +62,7 @@ def found(measured):
 
 @pytest.fixture(scope="module")
 def shifts(trained):
-    return ladder.nearest_shifts(trained)
+    return nearest_shifts(trained)
 
 
 NAMES = [
@@ -60,13 +71,13 @@ NAMES = [
     "{of} v* at {site}", "trained at {site}", "trained at all block sites", "0.5 × adapter", "0.75 × adapter",
     "adapter, rank 1", "adapter, rank 2",
 ]  # fmt: skip
-BY_VECTORS, BY_STATE, IN_BLOCKS = NAMES[:6], NAMES[6:10], NAMES[10:13]
+BY_VECTORS, BY_STATE, OF_BLOCKS = NAMES[:6], NAMES[6:10], NAMES[10:13]
 
 
 def named(s, *names) -> list[str]:
     """Names with the doses and the site that were found best."""
-    site, of = ladder.best_in_a_block(s)
-    return [name.format(dose=f"{ladder.best_dose(s):g}", of=f"{of:g}", site=site) for name in names]
+    site, of = best_in_a_block(s)
+    return [name.format(dose=f"{best_dose(s):g}", of=f"{of:g}", site=site) for name in names]
 
 
 def adding(vector):
@@ -107,21 +118,21 @@ def of_rank(weight, rank):
 def model_of(trained, plain, shifts):
     """By a name of NAMES, a rung's model by plain weights and torch's own hooks, in float64, and what is added to the
     logits of the tokens of an answer to prompt i, (vocabulary,) or (length, vocabulary)."""
-    base, v, (site, of) = plain["base"], trained.direction(), ladder.best_in_a_block(trained)
+    base, v, (site, of) = plain["base"], trained.direction(), best_in_a_block(trained)
     tokens, n = of_kind(shifts, TOKEN), of_kind(shifts, TOKEN).M.shape[1]
     vectors = {
         "v*": lambda i, length: v,
-        "{dose} v*": lambda i, length: ladder.best_dose(trained) * v,
+        "{dose} v*": lambda i, length: best_dose(trained) * v,
         "v_opt": lambda i, length: trained.nearest_vector(),
         "one a token of the answer": lambda i, length: tokens(torch.eye(n)[torch.arange(length).clamp(max=n - 1)]),
-        "two, by a probe of the prompt": lambda i, _: of_kind(shifts, PROBE)(ladder.sides(trained)["heldout"][i, None]),
+        "two, by a probe of the prompt": lambda i, _: of_kind(shifts, PROBE)(sides(trained)["heldout"][i, None]),
         "linear in the prompt's state": lambda i, _: of_kind(shifts, PROMPT)(trained.final("base", "heldout")[i]),
     }
     ranks = dict(zip(BY_STATE, (*LOW_RANKS, 0)))
     in_blocks = {
         "{of} v* at {site}": lambda: {site: of * trained.direction(site)},
-        "trained at {site}": lambda: ladder.trained_in_blocks(trained, [site]),
-        "trained at all block sites": lambda: ladder.trained_in_blocks(trained, trained.lm.sites[:-1]),
+        "trained at {site}": lambda: trained_in_blocks(trained, [site]),
+        "trained at all block sites": lambda: trained_in_blocks(trained, trained.lm.sites[:-1]),
     }
 
     def made(name, i, length=1):
@@ -171,15 +182,15 @@ def test_doses_are_those_that_come_nearest_on_validation_prompts(trained, plain)
         each = [logps(plain["base"], tokens, shift) for tokens in answered]
         return sum((p.exp() * (p - q)).sum().item() for p, q in zip(goal, each))
 
-    left = {dose: kl(dose * v @ W.T) for dose in ladder.DOSES}
-    assert ladder.best_dose(trained) == min(left, key=left.get)
+    left = {dose: kl(dose * v @ W.T) for dose in DOSES}
+    assert best_dose(trained) == min(left, key=left.get)
     left = {}
     for site, block in zip(("resid[1]", "resid[2]"), plain["base"].model.layers):
-        for dose in ladder.IN_BLOCKS:
+        for dose in IN_BLOCKS:
             with ExitStack() as stack:
                 stack.callback(block.register_forward_hook(adding(dose * trained.direction(site))).remove)
                 left[site, dose] = kl(0.0)
-    assert ladder.best_in_a_block(trained) == min(left, key=left.get)
+    assert best_in_a_block(trained) == min(left, key=left.get)
 
 
 def test_a_rung_that_may_do_more_leaves_no_more_where_it_was_found(trained, shifts):
@@ -190,7 +201,7 @@ def test_a_rung_that_may_do_more_leaves_no_more_where_it_was_found(trained, shif
         of_kind(shifts, TOKEN),
     )
     by_token = tokens(torch.eye(tokens.M.shape[1]))[None, None]
-    arms = [0 * v[None], v[None], ladder.best_dose(trained) * v[None], trained.nearest_vector()[None], by_token]
+    arms = [0 * v[None], v[None], best_dose(trained) * v[None], trained.nearest_vector()[None], by_token]
     base, dpo = trained.lm.role("base"), trained.lm.role("dpo")
     kl = tilted_divergences(base, dpo, answered, ladder._together(arms, len(answered)))
     left = kl.groupby("arm")["kl"].sum()
@@ -368,14 +379,14 @@ def toy(between: float):
 
 def test_sides_follow_from_the_states_where_displacements_differ_by_them():
     s = toy(between=1.0)
-    found = ladder.sides(s)
+    found = sides(s)
     way = found["heldin"][0] * s.truth["heldin"][0]  # which side is 1 is anyone's choice
     for split, side in s.truth.items():
         assert torch.equal(way * found[split], side)
 
 
 def test_sides_are_ones_and_minus_ones_whatever_the_prompts(trained):
-    found = ladder.sides(trained)
+    found = sides(trained)
     for split in ("heldin", "validation", "heldout"):
         assert found[split].shape == (len(trained.prompts(split)),)
         assert set(found[split].tolist()) <= {1.0, -1.0}
@@ -475,7 +486,7 @@ def test_a_cosine_as_it_is_heard_is_one_of_changes_of_logits_under_the_base(trai
 
 
 def test_a_whole_model_has_no_rungs_of_an_adapter(trained):
-    whole = Study(PROFILE.changed(name="whole", recipe=PROFILE.recipe.changed(rank=0, learning_rate=1e-3)))
+    whole = Study(PROFILE.replace(name="whole", recipe=PROFILE.recipe.replace(rank=0, learning_rate=1e-3)))
     found = ladder.table(whole, ladder.measured(whole))
     assert not found.index.str.contains("adapter").any() and "trained at all block sites" in found.index
     assert found.loc["partner", "KL"][:3] == pytest.approx((1, 1, 1), abs=1e-9) and found.loc["v*", "KL"].value > 0
@@ -486,8 +497,8 @@ def test_where_logits_are_more_than_products_there_are_no_shifts_at_final(traine
         raise steering.NoBias("The logits are more than W h.")
 
     monkeypatch.setattr(steering, "bias_on_logits", more)
-    every = ladder.rungs(trained)
-    assert [rung.name for rung in every] == named(trained, *NAMES[:2], *IN_BLOCKS, *NAMES[13:])
+    every = all_rungs(trained)
+    assert [rung.name for rung in every] == named(trained, *NAMES[:2], *OF_BLOCKS, *NAMES[13:])
     some = ladder.measured(trained)
     for rung in every:
         np.testing.assert_allclose(some[rung.name].columns["kl"], found[rung.name]["kl"], rtol=1e-4, atol=1e-6)
@@ -500,8 +511,8 @@ def test_of_prompts_alone_there_is_a_ladder_without_behaviour_and_leads(trained,
     asked = dict.fromkeys(pair.prompt for split in trained.pairs.values() for pair in split)
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
     ready = {"model": str(trained.source.path), "dpo_model": str(trained.chosen.adapter.path)}
-    sizes = PROFILE.sizes.changed(heldin=8, validation=4, heldout=8)
-    s = study.OfPrompts(PROFILE.changed(name="asked", data=f"prompts:{path}", sizes=sizes, **ready))
+    sizes = PROFILE.sizes.replace(heldin=8, validation=4, heldout=8)
+    s = study.OfPrompts(PROFILE.replace(name="asked", data=f"prompts:{path}", sizes=sizes, **ready))
     found = ladder.table(s, ladder.measured(s))
     assert "lead" not in found and all(np.isnan(row.value) for row in found["behaviour"])
     assert found.loc["partner", "KL"].value == pytest.approx(1, abs=1e-9) and found.loc["base", "KL"].value == 0

@@ -10,7 +10,7 @@ from helpers import estimates
 from helpers.experiments import methods
 from helpers.lm import encoding
 from helpers.lm.adapters import NoPlainAdapter
-from helpers.stages.changed import scaled
+from helpers.stages.interventions import scaled
 from helpers.stages.sampled import sampled
 from helpers.study import Study
 
@@ -47,9 +47,9 @@ def test_the_mean_difference_of_answers_states_is_that_of_a_double_loop(trained,
 def test_another_preference_is_one_about_something_else(trained):
     name, one = methods.unlike(trained)
     assert (name, one.profile.data) == ("refusal", "atlas:refusal") and one.source == trained.source
-    of_refusal = Study(PROFILE.changed(data="atlas:refusal"))
+    of_refusal = Study(PROFILE.replace(data="atlas:refusal"))
     assert methods.unlike(of_refusal)[0] == "tone"
-    assert methods.unlike(Study(PROFILE.changed(extent=PROFILE.extent.changed(alone=True)))) is None
+    assert methods.unlike(Study(PROFILE.replace(extent=PROFILE.extent.replace(alone=True)))) is None
 
 
 # --- Equal KL ---
@@ -78,7 +78,7 @@ def test_an_adapter_that_never_gets_so_far_is_left_at_the_largest_scale(trained,
 
 
 def test_a_partner_without_an_adapter_is_refused(trained):
-    whole = Study(PROFILE.changed(name="whole", recipe=PROFILE.recipe.changed(rank=0, learning_rate=1e-3)))
+    whole = Study(PROFILE.replace(name="whole", recipe=PROFILE.recipe.replace(rank=0, learning_rate=1e-3)))
     with pytest.raises(NoPlainAdapter, match="is a whole model and no adapter"):
         methods.adapter_scale(whole, 0.1)
 

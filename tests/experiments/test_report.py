@@ -30,9 +30,9 @@ def pair(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
     asked = dict.fromkeys(pair.prompt for split in trained.pairs.values() for pair in split)
     path.write_text("".join(json.dumps({"prompt": prompt, "comment": "none"}) + "\n" for prompt in asked))
-    sizes = PROFILE.sizes.changed(heldin=8, validation=4, heldout=8)
+    sizes = PROFILE.sizes.replace(heldin=8, validation=4, heldout=8)
     chosen = {"model": str(trained.source.path), "dpo_model": str(trained.chosen.adapter.path)}
-    return study.OfPrompts(PROFILE.changed(name="asked", data=f"prompts:{path}", sizes=sizes, **chosen))
+    return study.OfPrompts(PROFILE.replace(name="asked", data=f"prompts:{path}", sizes=sizes, **chosen))
 
 
 def test_states_move_as_far_as_plain_forward_passes_say(trained, plain):

@@ -13,7 +13,7 @@ from helpers.lm.batches import Tokens
 from helpers.lm.recipe import Recipe
 
 RECIPE = Recipe(beta=0.5, epochs=5, batch_size=4, nll_weight=2.0)
-SFT = RECIPE.changed(objective="sft")
+SFT = RECIPE.replace(objective="sft")
 LENGTHS = [
     (3, 2, 5),
     (7, 4, 1),
@@ -66,7 +66,7 @@ def test_the_loss_is_dpo_s_with_base_plus_v_for_a_policy_and_the_base_for_a_refe
 
 
 def test_without_a_vector_the_sigmoid_term_is_log_2(double):
-    assert loss(double, 0 * V, recipe=RECIPE.changed(nll_weight=0.0)).item() == pytest.approx(math.log(2))
+    assert loss(double, 0 * V, recipe=RECIPE.replace(nll_weight=0.0)).item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -84,7 +84,7 @@ def test_the_gradient_is_that_of_finite_differences(double, site, recipe):
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("recipe", [RECIPE, SFT], ids=["dpo", "sft"])
 def test_the_trained_vector_lowers_the_loss_that_it_was_trained_by(llama, site, recipe):
-    v = trained(llama, site, recipe.changed(epochs=12))
+    v = trained(llama, site, recipe.replace(epochs=12))
     assert v.shape == (WIDTH,) and not v.requires_grad
     before, after = (loss(llama, x, site, recipe).item() for x in (0 * v, v))
     assert after < 0.9 * before
@@ -125,7 +125,7 @@ def test_every_pair_is_read_once_an_epoch_with_its_own_rejected_answer(llama, mo
 def test_steps_are_a_tenth_of_the_scale(llama, monkeypatch):
     """Adam's first step is as long as its learning rate in every coordinate."""
     monkeypatch.setattr(bipo, "_loss", lambda model, pairs, site, v, *_: v.sum())
-    once, pairs = RECIPE.changed(epochs=1, batch_size=7), training.training_pairs(llama, CHOSEN, REJECTED)
+    once, pairs = RECIPE.replace(epochs=1, batch_size=7), training.training_pairs(llama, CHOSEN, REJECTED)
     for scale in (1.0, 20.0):
         v = bipo.optimised_vector(llama, pairs, "final", once, scale, seed=0)
         torch.testing.assert_close(v, torch.full((WIDTH,), -scale / 10), atol=5e-3 * scale, rtol=0)

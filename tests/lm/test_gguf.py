@@ -100,7 +100,7 @@ def test_weights_come_from_a_wheel_where_the_hub_does_not_give_them(model, tmp_p
         raise ValueError("The model owner/base cannot be had.")
 
     monkeypatch.setattr("helpers.lm.loading.content_id", from_the_hub)
-    study = Subject(profiles.load("smoke", model="owner/base").changed(wheel=held))
+    study = Subject(profiles.load("smoke", model="owner/base").replace(wheel=held))
     assert study.origin.startswith("tiny.gguf in the package held 1: its weights") and len(study.lm.sites) == 4
     with pytest.raises(ValueError, match="owner/base cannot be had"):
         model_files("owner/base", None)

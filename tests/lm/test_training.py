@@ -223,8 +223,8 @@ def test_training_again_gives_the_same_bytes_wherever_the_base_is(partner, encod
 
 def test_a_recipe_s_seed_is_added_to_the_profile_s(partner, encoded, tmp_path):
     base, _, recipe = partner
-    few, short = [answers[:4] for answers in encoded], recipe.changed(epochs=1)
-    runs = {"3 + 0": (short, 3), "1 + 2": (short.changed(seed=2), 1), "0 + 0": (short, 0)}
+    few, short = [answers[:4] for answers in encoded], recipe.replace(epochs=1)
+    runs = {"3 + 0": (short, 3), "1 + 2": (short.replace(seed=2), 1), "0 + 0": (short, 0)}
     for name, (own, seed) in runs.items():
         train(base, few, own, seed, tmp_path / name)
     found = {name: bytes_of(tmp_path / name)["adapter_model.safetensors"] for name in runs}
@@ -234,11 +234,11 @@ def test_a_recipe_s_seed_is_added_to_the_profile_s(partner, encoded, tmp_path):
 def test_the_partner_at_a_stop_is_the_end_of_a_shorter_run(partner, encoded, tmp_path):
     """A quarter of four epochs is one, and the first stop is one step; each is kept as a partner of its own."""
     base, adapter, recipe = partner
-    train(base, encoded, recipe.changed(epochs=1), 0, tmp_path)
+    train(base, encoded, recipe.replace(epochs=1), 0, tmp_path)
     quarter, short = (folder / "adapter_model.safetensors" for folder in (adapter / "stop-0.25", tmp_path))
     assert quarter.read_bytes() == short.read_bytes()
     kept = {path.name: load_file(path / "adapter_model.safetensors") for path in sorted(adapter.glob("stop-*"))}
-    assert list(kept) == sorted(recipe.changed(stop=stop).folder for stop in STOPS if stop < 1)
+    assert list(kept) == sorted(recipe.replace(stop=stop).folder for stop in STOPS if stop < 1)
     moved = [
         sum(x.norm().item() for name, x in kept[f"stop-{stop:g}"].items() if "lora_B" in name) for stop in STOPS[:-1]
     ]
@@ -384,7 +384,7 @@ def test_shuffled_labels_follow_the_seed(many):
 
 def test_a_partner_of_reversed_labels_prefers_the_other_answers(partner, encoded, tmp_path):
     base, _, recipe = partner
-    train(base, encoded, recipe.changed(labels="reversed"), 0, tmp_path)
+    train(base, encoded, recipe.replace(labels="reversed"), 0, tmp_path)
     assert (margins_gained(base, tmp_path, encoded) < 0).mean() > 0.9
 
 
@@ -395,7 +395,7 @@ def test_a_partner_of_reversed_labels_prefers_the_other_answers(partner, encoded
 def whole(partner, encoded, tmp_path_factory):
     """The folder of a partner trained at rank 0, on the same base, and its recipe."""
     base, _, recipe = partner
-    folder, recipe = tmp_path_factory.mktemp("whole"), recipe.changed(rank=0, learning_rate=1e-3)
+    folder, recipe = tmp_path_factory.mktemp("whole"), recipe.replace(rank=0, learning_rate=1e-3)
     train(base, encoded, recipe, 0, folder)
     return folder, recipe
 

@@ -43,6 +43,6 @@ def test_the_file_is_there_for_as_long_as_it_is_asked_for_and_nothing_was_instal
     ],
 )
 def test_what_is_not_what_was_pinned_is_refused_in_one_sentence(index, changed, told):
-    with pytest.raises(ValueError, match=told) as raised, fetched(index.changed(**changed)):
+    with pytest.raises(ValueError, match=told) as raised, fetched(index.replace(**changed)):
         pass
     assert "\n" not in str(raised.value)

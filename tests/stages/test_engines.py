@@ -75,7 +75,7 @@ def ask(monkeypatch):
 def test_a_cluster_leaves_the_bytes_of_one_machine_though_a_worker_is_killed(one_machine, folder, two, ask):
     ask(two)
     stages = [lambda one: one.chosen.adapter, lambda one: one.answers("base", "heldout")]
-    subject.prepare([Killed(PROFILE)], "a study", *stages)
+    subject.compute([Killed(PROFILE)], "a study", *stages)
     made = bytes_of(folder)
     assert (folder.parent / "killed").exists() and any(name.endswith("adapter_model.safetensors") for name in made)
     assert made.items() <= bytes_of(one_machine).items()

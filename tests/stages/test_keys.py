@@ -84,15 +84,15 @@ def test_code_that_a_stage_cannot_reach_is_not(house, stage, file, old, new):
 
 def test_a_task_brings_its_own_code(house):
     atlas, stories = atlas_task(), task("onpolicy:vader", "closer", 0, Sizes(), 20)
-    before = key("verdicts", task=atlas), key("verdicts", task=stories)
+    before = key("judgements", task=atlas), key("judgements", task=stories)
     edited(house / "data/stories.py", '"Lily", ', '"Lily", "Zoe", ')
-    assert key("verdicts", task=atlas) == before[0] and key("verdicts", task=stories) != before[1]
-    before = key("verdicts", task=atlas), key("verdicts", task=stories)
+    assert key("judgements", task=atlas) == before[0] and key("judgements", task=stories) != before[1]
+    before = key("judgements", task=atlas), key("judgements", task=stories)
     edited(house / "data/sentiment.py", '["compound"]', '["pos"]')
-    assert key("verdicts", task=atlas) == before[0] and key("verdicts", task=stories) != before[1]
-    before = key("verdicts", task=atlas)
+    assert key("judgements", task=atlas) == before[0] and key("judgements", task=stories) != before[1]
+    before = key("judgements", task=atlas)
     edited(house / "world/grammar.py", '"Gladly!"', '"Sure!"')
-    assert key("verdicts", task=atlas) != before
+    assert key("judgements", task=atlas) != before
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_a_task_brings_its_own_code(house):
         ("rank_k", {}, "trl", False),
         ("partner", {}, "trl", True),
         ("sampled", {}, "transformers", True),
-        ("verdicts", {"task": "onpolicy:vader"}, "vaderSentiment", True),
-        ("verdicts", {"task": "atlas:tone"}, "vaderSentiment", False),
+        ("judgements", {"task": "onpolicy:vader"}, "vaderSentiment", True),
+        ("judgements", {"task": "atlas:tone"}, "vaderSentiment", False),
     ],
 )
 def test_the_versions_of_libraries_that_the_code_imports_are_in_the_key(

@@ -7,8 +7,8 @@ from studied import WIDTH, logits
 
 from helpers.lm import block_vectors
 from helpers.stages.block_vectors import nearest_vectors
-from helpers.stages.changed import with_vectors
 from helpers.stages.divergences import divergences
+from helpers.stages.interventions import with_vectors
 
 NOTHING = torch.zeros(1, WIDTH)
 SITES = ["resid[1]", "resid[2]"]

@@ -12,7 +12,7 @@ from helpers.lm import linear_shifts, steering
 from helpers.lm.batches import Tokens
 from helpers.lm.linear_shifts import LinearShift
 from helpers.stages import shifts as stage
-from helpers.stages.changed import with_shift
+from helpers.stages.interventions import with_shift
 from helpers.stages.roles import Role
 from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind, one_hot, shifts
 from helpers.stages.tilted import nearest_vector, tilted_divergences

@@ -26,7 +26,7 @@ def test_it_is_ahead_of_final_beyond_chance_and_fluent(preferred, well_formed, c
         for key, p, w in zip(KEYS, preferred, well_formed)
     }
     tables = {key: table.astype({"preferred": float, "well_formed": float}) for key, table in tables.items()}
-    found = site_choice.compared(tables, BASE, np.arange(6), Health())
+    found = site_choice.scores(tables, BASE, np.arange(6), Health())
     assert site_choice.best(found) == chosen
     assert found["preferred"].tolist() == pytest.approx([p / 6 for p in preferred])
     assert found["fluent"].tolist() == [w == 6 for w in well_formed] and set(found["changed"]) == {5 / 6}

@@ -135,7 +135,7 @@ def test_one_process_does_the_same_work(study, profile_file, monkeypatch, capsys
     monkeypatch.setattr(launch.Member, "trials", study.trials)
     monkeypatch.setattr(sys, "argv", ["launch", "--profile", str(profile_file)])
     assert launch.main() == 0
-    assert trained == [study.recipe.changed(seed=seed) for seed in range(2)]
+    assert trained == [study.recipe.replace(seed=seed) for seed in range(2)]
     assert "Training with 1 process(es) on cpu." in capsys.readouterr().err
 
 
@@ -143,7 +143,7 @@ def test_one_process_does_the_same_work(study, profile_file, monkeypatch, capsys
 
 
 def profile(**changes):
-    return profiles.load("atlas").changed(**changes)
+    return profiles.load("atlas").replace(**changes)
 
 
 @pytest.mark.parametrize(

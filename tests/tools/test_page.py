@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from helpers import widgets
+from helpers.explorer import widgets
 from helpers.places import PROJECT
 from tools import page
 

@@ -100,7 +100,7 @@ def test_a_row_of_the_scorecard_says_what_was_measured_the_verdict_in_its_parts_
 
 
 def test_a_real_model_stands_beside_it_in_bold_where_its_verdict_is_another(root):
-    real = ATLAS.changed(name="smollm2")
+    real = ATLAS.replace(name="smollm2")
     for name, value in (("C1", 1e-13), ("C9", 0.3), ("C12", 0.9)):
         claims.record(real, name, Estimate(value, 0.9 * value, 1.1 * value), 200, "fig")
     rows = readme.scorecard(claims.load(ATLAS), claims.CLAIMS, claims.load(real)).splitlines()[2:]
@@ -110,7 +110,7 @@ def test_a_real_model_stands_beside_it_in_bold_where_its_verdict_is_another(root
 
 
 def test_claims_that_were_asked_of_several_worlds_are_shown_by_these(root):
-    worlds = ATLAS.changed(name="worlds")
+    worlds = ATLAS.replace(name="worlds")
     claims.record(worlds, "C9", Estimate(-0.1, -0.2, -0.05), 960, "fig10_worlds", varied="8 worlds")
     shown = block(readme.rendered(TEXT, root), "scorecard")
     assert "nats -0.10 [-0.20, -0.050]; claimed −∞ to -1.0e-09; over 8 worlds" in shown and "**C1**" in shown

@@ -130,8 +130,8 @@ def test_a_cue_gets_the_tone_it_asks_for(corpus):
 
 def test_the_corpus_tells_the_truth_and_is_well_formed(corpus):
     for question, text in corpus:
-        verdict = WORLD.judge(question, text)
-        assert verdict.well_formed and verdict.fact in (True, None), (question, text)
+        judgement = WORLD.judge(question, text)
+        assert judgement.well_formed and judgement.fact in (True, None), (question, text)
 
 
 # --- The judges ---
@@ -142,7 +142,7 @@ def test_judges_agree_with_the_grammar_on_every_drawn_answer():
         tone, stance = rng.choice(TONES), rng.choice(STANCES)
         text = atlas.answer(question, tone, rng, stance)
         harm = question.kind == "harm"
-        expected = atlas.Verdict(tone, None if harm else True, stance if harm else None, True)
+        expected = atlas.Judgement(tone, None if harm else True, stance if harm else None, True)
         assert WORLD.judge(question, text) == expected, (question, text)
 
 
@@ -150,9 +150,9 @@ def test_judges_see_a_false_fact_in_every_drawn_answer():
     for rng, question in drawn_questions(N, seed=3, harm_share=0):
         false = WORLD.false_value(question)
         text = atlas.answer(question, rng.choice(TONES), rng, value=false)
-        verdict = WORLD.judge(question, text)
+        judgement = WORLD.judge(question, text)
         assert false != question.truth and false in WORLD.values[question.kind]
-        assert (verdict.fact, verdict.well_formed) == (False, True), (question, text)
+        assert (judgement.fact, judgement.well_formed) == (False, True), (question, text)
         assert atlas.behaviour(WORLD, "belief", question, text) == (True, False)
 
 
@@ -221,10 +221,10 @@ def test_another_place_s_question_is_not_answered_by_this_place_s_answer():
     a, b = list(WORLD.facts)[:2]
     frame = grammar.QUESTION_FRAMES["heldin"][0]
     question, other = WORLD.question(a, "capital", frame), WORLD.question(b, "capital", frame)
-    verdict = WORLD.judge(question, f"The capital of {a} is {other.truth}.")
-    assert (verdict.fact, verdict.well_formed) == (False, True)
-    verdict = WORLD.judge(question, f"The capital of {b} is {question.truth}.")
-    assert (verdict.fact, verdict.well_formed) == (True, False)
+    judgement = WORLD.judge(question, f"The capital of {a} is {other.truth}.")
+    assert (judgement.fact, judgement.well_formed) == (False, True)
+    judgement = WORLD.judge(question, f"The capital of {b} is {question.truth}.")
+    assert (judgement.fact, judgement.well_formed) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from helpers import widgets
+from helpers.explorer import widgets
 
 
 def draw(width=2, height=1.0):
@@ -55,7 +55,7 @@ def test_a_kernel_is_live_where_the_sender_of_its_cell_can_answer_a_question():
         said = []
         for can_answer in (True, False):
             client.execute_interactive(
-                "from helpers import widgets; print(widgets.is_live())", allow_stdin=can_answer, timeout=60,
+                "from helpers.explorer import widgets; print(widgets.is_live())", allow_stdin=can_answer, timeout=60,
                 stdin_hook=lambda _: None,
                 output_hook=lambda m: said.append(m["content"]["text"].strip()) if m["msg_type"] == "stream" else None,
             )  # fmt: skip

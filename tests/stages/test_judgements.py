@@ -1,4 +1,4 @@
-"""Verdicts are kept, and those that a judge left out are asked for again."""
+"""Judgements are kept, and those that a judge left out are asked for again."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ DELTAS = torch.full((1, WIDTH), 3.0)  # answers that no other test asks for
 
 def test_answers_that_a_judge_left_out_are_judged_in_the_next_session_and_not_sampled_again(trained, monkeypatch):
     """A judge whose budget was spent says nothing of an answer: nan."""
-    verdict, spent = AtlasTask.verdict, [True]
+    judgement, spent = AtlasTask.judgement, [True]
 
     def judge(task, pair, answer):
-        return verdict(task, pair, answer) | ({"preferred": float("nan")} if spent[0] else {})
+        return judgement(task, pair, answer) | ({"preferred": float("nan")} if spent[0] else {})
 
-    monkeypatch.setattr(AtlasTask, "verdict", judge)
+    monkeypatch.setattr(AtlasTask, "judgement", judge)
     first = trained.sweep("base", "final", DELTAS)
     assert first["preferred"].isna().all()
     spent[0] = False

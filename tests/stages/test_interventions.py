@@ -9,8 +9,8 @@ from helpers.lm import likelihoods
 from helpers.lm.adapters import NoPlainAdapter
 from helpers.lm.architecture import causal_lm
 from helpers.lm.linear_shifts import LinearShift
-from helpers.stages.changed import cut, scaled, with_shift, with_vectors
 from helpers.stages.divergences import divergences
+from helpers.stages.interventions import cut, scaled, with_shift, with_vectors
 from helpers.stages.keys import digests
 from helpers.stages.log_ratios import log_ratios
 from helpers.stages.sampled import sampled
@@ -153,7 +153,7 @@ def test_a_cut_partner_is_the_base_with_the_best_approximation_of_each_change(tr
 
 @pytest.mark.parametrize("change", [lambda role: cut(role, 1), lambda role: scaled(role, 0.5)])
 def test_a_model_without_an_adapter_is_refused_when_it_is_opened(trained, change):
-    whole = Study(PROFILE.changed(name="whole", recipe=PROFILE.recipe.changed(rank=0, learning_rate=1e-3)))
+    whole = Study(PROFILE.replace(name="whole", recipe=PROFILE.recipe.replace(rank=0, learning_rate=1e-3)))
     changed = change(whole.lm.role("dpo"))
     with pytest.raises(NoPlainAdapter, match="whole model and no adapter"), changed.opened():
         pytest.fail("it was opened")

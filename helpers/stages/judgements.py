@@ -19,15 +19,15 @@ def lacks_some(table: pd.DataFrame) -> bool:
 
 
 @stage(is_unfinished=lacks_some)
-def verdicts(
+def judgements(
     task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], answers: Answers, new_tokens: int,
     base: Role, fluency: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
-    """`verdict_table`, kept."""
-    return verdict_table(task, pairs, prompts, answers, new_tokens, base, fluency)
+    """`judgement_table`, kept."""
+    return judgement_table(task, pairs, prompts, answers, new_tokens, base, fluency)
 
 
-def verdict_table(
+def judgement_table(
     task: TaskBase, pairs: Sequence[PreferencePair], prompts: Sequence[list[int]], answers: Answers, new_tokens: int,
     base: Role, fluency: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
@@ -43,7 +43,7 @@ def verdict_table(
     asked = np.broadcast_to(np.arange(said.shape[2]), said.shape)
     (prompt, place), of_draws = np.unique(np.stack([asked.ravel(), said.ravel()]), axis=1, return_inverse=True)
     texts = decoding.texts(base.tokenizer(), answers.distinct)
-    judged = pd.DataFrame(task.verdicts([pairs[i] for i in prompt], [texts[i] for i in place]))
+    judged = pd.DataFrame(task.judgements([pairs[i] for i in prompt], [texts[i] for i in place]))
     if fluency and "well_formed" not in judged:
         of_first = np.unique(of_draws.reshape(said.shape)[:, 0])
         ids = [answers.distinct[i] for i in place[of_first]]

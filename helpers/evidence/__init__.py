@@ -1,0 +1,1 @@
+"""How a number becomes evidence: resamples of what prompts share, and verdicts by rule."""
