@@ -130,7 +130,7 @@ def test_a_study_has_stages_once_all_is_there_and_asking_makes_nothing(trained):
     (cache / "aside").rename(partner)
 
 
-def test_prepare_computes_what_is_missing_and_no_more(trained, monkeypatch):
+def test_what_is_missing_is_computed_and_no_more(trained, monkeypatch):
     missing, asked = [trained.variant(seed=7), trained.variant(seed=8)], []
     monkeypatch.setattr(parallel, "each", lambda function, items, name: asked.append((items, name)))
     study.compute([missing[0], trained, missing[1]], "some partners")
@@ -140,7 +140,7 @@ def test_prepare_computes_what_is_missing_and_no_more(trained, monkeypatch):
     assert [item[:2] for item in items] == [(Study, made.profile) for made in missing] and name == "some partners"
 
 
-def test_prepare_computes_several_stages_of_one_study_side_by_side(trained, monkeypatch):
+def test_several_stages_of_one_study_are_computed_side_by_side(trained, monkeypatch):
     asked, directions = [], torch.eye(len(trained.direction()))[:2]
     stages = [lambda one, arm=arm: one.sweep("base", "final", directions[arm : arm + 1]) for arm in range(2)]
     with monkeypatch.context() as patch:
@@ -150,11 +150,11 @@ def test_prepare_computes_several_stages_of_one_study_side_by_side(trained, monk
     study.compute([trained], "two sweeps", *stages)
     assert all(map(trained.has, stages))
     monkeypatch.setattr(subject, "_fits_beside", lambda one: False)  # a large model is not loaded beside itself
-    monkeypatch.setattr(subject, "_compute", lambda kind: pytest.fail("another study was made"))
+    monkeypatch.setattr(subject, "_ask", lambda kind: pytest.fail("another study was made"))
     study.compute([trained], "a third", lambda one: one.sweep("base", "final", 2 * directions[:1]))
 
 
-def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trained, monkeypatch):
+def test_partners_of_a_large_base_are_computed_one_after_the_other_here(trained, monkeypatch):
     missing = trained.variant(labels="shuffled")
     monkeypatch.setattr(subject, "_fits_beside", lambda one: False)
     monkeypatch.setattr(parallel, "each", lambda *_: pytest.fail("several at a time"))
@@ -163,7 +163,7 @@ def test_prepare_computes_partners_of_a_large_base_one_after_the_other_here(trai
     assert missing.has(Study.measure)
 
 
-def test_prepare_computes_other_stages_where_they_are_asked_for(trained):
+def test_other_stages_are_computed_where_they_are_asked_for(trained):
     missing = trained.variant(seed=9)
     study.compute([missing], "one adapter", lambda s: s.chosen.adapter)
     assert missing.has(lambda s: s.chosen.adapter) and not missing.has(Study.measure)
