@@ -139,14 +139,14 @@ def row(name: str, times: Times, above: str, below: str, target: float | None) -
     should be at most; a target of None marks a ratio that is reported and not aimed at."""
     ratios = [a / b for a, b in zip(times[above], times[below])]
     ratio = median(times[above]) / median(times[below])
-    judgement = "" if target is None else "met" if ratio <= target else "missed"
+    outcome = "" if target is None else "met" if ratio <= target else "missed"
     spread = {"low": min(ratios), "high": max(ratios)}
-    return {"name": name, "ratio": ratio, **spread, "target": target, "judgement": judgement}
+    return {"name": name, "ratio": ratio, **spread, "target": target, "outcome": outcome}
 
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    line = "| {name} | {ratio:.2f} | {low:.2f} to {high:.2f} | {aim} | {judgement} |"
+    line = "| {name} | {ratio:.2f} | {low:.2f} to {high:.2f} | {aim} | {outcome} |"
     aims = ["" if row["target"] is None else f"<= {row['target']:.2f}" for row in rows]
     head = ["| what | ratio | spread | target | |", "|---|---|---|---|---|"]
     return "\n".join([*head, *(line.format(**row, aim=aim) for row, aim in zip(rows, aims))])

@@ -1,4 +1,4 @@
-"""The ledger: the verdict follows from the interval alone, and what is committed follows from its own numbers."""
+"""The ledger: verdicts follow from what it holds by rule, and what is committed follows from its own numbers."""
 
 import json
 import math

@@ -76,14 +76,15 @@ def answers(folder: Path) -> str:
 
 
 def ladder(folder: Path, real: Path) -> str:
-    """The share of KL(DPO || base) that some rungs remove, a row a family, as the ladder's figure has them, and of the
-    families of a real language model, where it has one."""
+    """The share of KL(DPO || base) that some rungs remove, a row a family and its strength, as the ladder's figure has
+    them, and of the families of a real language model, where it has one."""
     of_real = {f"{name}, SmolLM2": rungs for name, rungs in _rungs(real).items()}
     families = _rungs(folder) | of_real
     lines = [_row("", *RUNGS.values()), "|---" * (1 + len(RUNGS)) + "|"]
     for name, rungs in families.items():
         shares = [rungs[rung]["KL"][:3] for rung in RUNGS]
-        lines.append(_row(name, *(f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in shares)))
+        told = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in shares]
+        lines.append(_row(f"{name} ({rungs['strength']:.2f} nats)", *told))
     return "\n".join(lines)
 
 

@@ -19,8 +19,9 @@ LEVEL = 0.05  # of all claims together (Holm)
 
 
 class Verdict(NamedTuple):
-    """direction: whether the interval excludes no effect, on the claimed side. size: whether it lies inside the claimed
-    region. specific: whether the number exceeds that of the strongest matched control, `decided_by`."""
+    """direction: whether there is an effect on the claimed side, by an adjusted p below LEVEL. size: whether the
+    interval lies inside the claimed region. specific: whether the number exceeds that of the strongest matched control,
+    `decided_by`, by such a p."""
 
     direction: str
     size: str
@@ -52,25 +53,26 @@ def size(entry: Mapping) -> str:
 
 
 def direction(entry: Mapping, p: float) -> str:
-    """Whether there is an effect on the claimed side: "no" where it lies on the other side, or where no effect is
-    possible and an effect of the claimed size is not. p: of no effect, adjusted for the number of claims."""
+    """Whether there is an effect on the claimed side: "no" where it lies on the other side, or where the interval holds
+    no effect and nothing of the claimed region. p: of no effect, adjusted for the number of claims."""
     if not side(entry):
         return NONE
     if p < LEVEL:
         return YES if side(entry) * (entry["value"] - entry["no_effect"]) > 0 else NO
-    return NO if size(entry) == "outside" else UNDECIDED
+    holds_none = entry["ci_low"] <= entry["no_effect"] <= entry["ci_high"]  # by itself: adjusting makes nothing surer
+    return NO if holds_none and size(entry) == "outside" else UNDECIDED
 
 
 def strongest(entry: Mapping) -> str:
-    """The matched control from which the claim is told the least, by their paired difference in its own error, so that
-    who exceeds it exceeds all; empty where none could be had."""
+    """The matched control from which the claim is told the least: the largest p, of one side, of exceeding it by no
+    more than nothing; empty where none could be had."""
 
-    def told_by(found: Estimate) -> float:
-        lead, width = side(entry) * found.value, found.high - found.low
-        return lead / width if width else math.copysign(math.inf, lead) if lead else 0.0
+    def least_told(name: str) -> tuple[float, float]:
+        found = _estimate(entry["beyond"][name])
+        lead = side(entry) * found.value
+        return (found.p(0) / 2 if lead > 0 else 1 - found.p(0) / 2), -lead
 
-    beyond = {name: _estimate(found) for name, found in entry["beyond"].items()} if side(entry) else {}
-    return min(beyond, key=lambda name: told_by(beyond[name]), default="")
+    return max(entry["beyond"] if side(entry) else (), key=least_told, default="")
 
 
 def specific(entry: Mapping, p: float) -> str:

@@ -20,10 +20,10 @@ from helpers.lm import adapters, likelihoods, steering
 from helpers.lm.architecture import FINAL
 from helpers.stages.beliefs import beliefs
 from helpers.stages.divergences import divergences
-from helpers.stages.tilted import nearest_vector, tilted_divergences
+from helpers.stages.tilted import MOST_LOGITS, nearest_vector, tilted_divergences
 from helpers.study import Study
 
-EVERY = 4  # of facts that are asked apart from the preference, every fourth is
+ASKED = 4  # of facts that are asked apart from the preference, every fourth is
 PARTS = {"1": 1, "2": 2, "3, 4": 4, "5 to 8": 8, "9 on": np.inf}  # up to which token of an answer
 
 
@@ -110,7 +110,7 @@ def cost(s: Study, found: Found, rung: str) -> Estimate:
 
 def _asked(s: Study) -> slice:
     """Which facts are asked about, of the task's `facts_asked`."""
-    return slice(None, None, 1 if s.task.has_facts else EVERY)
+    return slice(None, None, 1 if s.task.has_facts else ASKED)
 
 
 def _facts(s: Study) -> np.ndarray:
@@ -123,12 +123,15 @@ def _facts(s: Study) -> np.ndarray:
 
 def at_most(s: Study) -> Estimate:
     """The share of KL that the constant vector removes which is found on the very answers to held-out prompts that it
-    is told of: no constant vector removes more. What v_opt removes there is the least that the best one can."""
+    is told of, or to as many as one search holds: on these no constant vector removes more. What v_opt removes there is
+    the least that the best one can."""
     base, dpo, answered = s.lm.role("base"), s.lm.role("dpo"), s.answered("dpo", s.prompts("heldout"))
-    tokens = sum(len(one.response) for one in answered)
-    v = nearest_vector(base, dpo, answered, tokens, s.profile.seed)["vector"]
-    whole, left = np.split(divergences(base, dpo, answered, torch.stack([0 * v, v]))["kl"].to_numpy(), 2)
-    return estimates.interval(estimates.removed_share, left, whole, groups=s.clusters())
+    tokens = np.cumsum([len(one.response) for one in answered])
+    held = tokens[tokens <= MOST_LOGITS // len(s.lm.unembedding)]
+    n = len(held)
+    v = nearest_vector(base, dpo, answered[:n], int(held[-1]), s.profile.seed)["vector"]
+    whole, left = np.split(divergences(base, dpo, answered[:n], torch.stack([0 * v, v]))["kl"].to_numpy(), 2)
+    return estimates.interval(estimates.removed_share, left, whole, groups=s.clusters()[..., :n])
 
 
 def cosines_as_heard(s: Study, others: Mapping[str, Tensor]) -> pd.DataFrame:

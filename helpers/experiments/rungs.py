@@ -25,7 +25,7 @@ from helpers.stages.roles import Role
 from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind, one_hot, shifts
 from helpers.study import Study
 
-ANSWERED = {"heldin": 256, "validation": 128}  # prompts, on whose answers by the partner shifts at `final` are found,
+AT_FINAL = {"heldin": 256, "validation": 128}  # prompts, on whose answers by the partner shifts at `final` are found,
 THROUGH = {"heldin": 128, "validation": 64}  # and vectors in the blocks, by gradients through the model,
 THROUGH_A_LARGE_ONE = {"heldin": 64, "validation": 32}  # which take long on a larger one than the organism
 DOSES = tuple(np.round(np.arange(-1, 4.05, 0.1), 1).tolist())  # of v* at `final`, tried on validation prompts,
@@ -65,7 +65,7 @@ def rungs(s: Study) -> list[Rung]:
 
 def best_dose(s: Study) -> float:
     """The dose of v* at `final` among DOSES that takes the base nearest to the partner on validation prompts."""
-    answered, arms = answered_by_partner(s, "validation", ANSWERED), torch.tensor(DOSES)[:, None] * s.direction()
+    answered, arms = answered_by_partner(s, "validation", AT_FINAL), torch.tensor(DOSES)[:, None] * s.direction()
     left = divergences(s.lm.role("base"), s.lm.role("dpo"), answered, arms).groupby("arm")["kl"].sum()
     return DOSES[int(left.argmin())]
 
@@ -92,8 +92,8 @@ def _shifts(s: Study, base: Role, nothing: Tensor) -> list[Rung]:
 
 def nearest_shifts(s: Study) -> dict[str, Tensor]:
     """What stages/shifts.py finds for a partner."""
-    of_prompts, answered = sides(s), [answered_by_partner(s, split, ANSWERED) for split in ANSWERED]
-    asked = tuple(of_prompts[split][: ANSWERED[split]] for split in ANSWERED)
+    of_prompts, answered = sides(s), [answered_by_partner(s, split, AT_FINAL) for split in AT_FINAL]
+    asked = tuple(of_prompts[split][: AT_FINAL[split]] for split in AT_FINAL)
     return shifts(*map(s.lm.role, ("base", "dpo")), *answered, asked, s.profile.seed)
 
 

@@ -61,13 +61,16 @@ def nearest(
 ) -> LinearShift:  # fmt: skip
     """The shift of width d that makes a loss smallest over contexts with features x, (N, p), by L-BFGS.
 
-    penalty: on the squares of M. rank: of M at most; then it is found as a product, from the best approximation of that
-    rank (singular values) of what it takes at full rank, `start`, which is found first where it is not given. steps: at
-    most, in each of the two.
+    penalty: on the squares of M; where it is infinite, M is nothing and the shift one constant vector. rank: of M at
+    most; then it is found as a product, from the best approximation of that rank (singular values) of what it takes at
+    full rank, `start`, which is found first where it is not given. steps: at most, in each of the two.
     """
     mean = x.mean(0)
     scale = float((x - mean).square().mean().sqrt()) if x.numel() else 1.0
     features = (x - mean) / (scale or 1.0)
+    if np.isinf(penalty):
+        b = nearest(loss, x[:, :0], d, steps=steps).b
+        return LinearShift(b, b.new_zeros(d, x.shape[1]), mean, scale or 1.0)
     if rank is not None and start is None:
         start = nearest(loss, x, d, penalty, steps=steps)
     parts = _start(features, d, rank, start)

@@ -12,17 +12,19 @@ from helpers.lm.batches import Tokens
 from helpers.stages.artifacts import stage
 from helpers.stages.roles import Role
 
+MOST_LOGITS = 2**28  # of the contexts that a search holds: a GiB
+
 
 @stage
 def nearest_vector(role: Role, goal: Role, answered: Sequence[Tokens], contexts: int, seed: int) -> dict[str, Tensor]:
     """{"vector": (d,)}: v_opt of `role` towards `goal`, over at most so many contexts in which tokens of the goal's
-    answers stand, drawn at random, and no more than memory holds.
+    answers stand, drawn at random, or as many as MOST_LOGITS allow.
 
     answered: the goal's own answers. Raises NoBias where logits are more than W h.
     """
     W = unembedding(role)
     places = [(i, t) for i, tokens in enumerate(answered) for t in range(len(tokens.response))]
-    n = min(contexts, len(places), likelihoods.MAX_LOGITS // len(W))
+    n = min(contexts, len(places), MOST_LOGITS // len(W))
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:n].tolist()
     drawn: dict[int, list[int]] = {}  # tokens by answer
     for i, t in sorted(places[k] for k in order):

@@ -81,3 +81,24 @@ def test_a_verdict_has_three_parts_and_a_word_each_by_rule(made, marks, word):
         == verdicts.strongest(one)
         == ("random" if "random" in one["beyond"] else "SFT" if one["beyond"] else "")
     )
+
+
+def test_what_adjusting_leaves_open_is_undecided_and_not_refused():
+    """An interval that holds no effect and nothing of the region is a no; one that excludes no effect until its p is
+    adjusted, as of ten claims, is none."""
+    weak = {"interval": (0.02, 0.40), "beyond": {"SFT": AHEAD}}
+    alone = verdicts.judged_together({"C6": entry(**weak)}, set())["C6"]
+    assert alone[:2] == ("yes", "outside") and alone.word == "another size"
+    many = verdicts.judged_together({f"C{i}": entry(name=f"C{i}", **weak) for i in range(10)}, set())
+    assert {found[:2] for found in many.values()} == {("undecided", "outside")}
+    assert {found.word for found in many.values()} == {"undecided"}
+
+
+def test_the_control_that_decides_is_the_one_least_told_by_p_whatever_its_degrees_of_freedom():
+    """A lead of 1.24 over few seeds tells less than one of 1.20 over many prompts, though in its own width it is
+    larger; and a control that is ahead decides before any."""
+    one = entry()
+    one["beyond"] = {"random": [1.20, 0.2, 2.2, None], "SFT": [1.24, 0.24, 2.24, 2.0]}
+    assert verdicts.strongest(one) == "SFT"
+    one["beyond"]["shuffled"] = [-0.1, -0.6, 0.4, None]
+    assert verdicts.strongest(one) == "shuffled"

@@ -29,6 +29,7 @@ from helpers.experiments.rungs import (
 from helpers.experiments.rungs import rungs as all_rungs
 from helpers.lm import decoding, encoding, steering
 from helpers.lm.architecture import causal_lm
+from helpers.stages import tilted
 from helpers.stages.beliefs import beliefs
 from helpers.stages.shifts import LOW_RANKS, PROBE, PROMPT, STATE, TOKEN, of_kind
 from helpers.stages.tilted import tilted_divergences
@@ -463,6 +464,20 @@ def test_no_constant_vector_removes_more_than_that_which_is_found_on_what_it_is_
     near = trained.nearest_vector() + 0.02 * torch.randn(20, WIDTH, generator=rng)
     kl = trained.divergences("base", near).groupby("arm")["kl"].mean() / trained.strength()[0].mean()
     assert (1 - kl).max() <= at_most + 1e-4
+
+
+def test_where_one_search_holds_no_more_the_bound_is_of_as_many_prompts_as_it_does(trained, monkeypatch):
+    answered = trained.answered("dpo", trained.prompts("heldout"))
+    some = sum(len(one.response) for one in answered[:6])
+    monkeypatch.setattr(ladder, "MOST_LOGITS", (some + 1) * len(trained.lm.unembedding))
+    monkeypatch.setattr(tilted, "MOST_LOGITS", ladder.MOST_LOGITS)
+    at_most = ladder.at_most(trained).value
+    v = tilted.nearest_vector(*map(trained.lm.role, ("base", "dpo")), answered[:6], some, trained.profile.seed)[
+        "vector"
+    ]
+    kl = trained.divergences("base", torch.stack([0 * v, v, trained.nearest_vector()]))
+    whole, own, other = (kl[(kl["arm"] == arm) & (kl["prompt"] < 6)]["kl"].mean() for arm in range(3))
+    assert at_most == pytest.approx(1 - own / whole, abs=1e-5) and own < other
 
 
 def test_a_cosine_as_it_is_heard_is_one_of_changes_of_logits_under_the_base(trained, plain):

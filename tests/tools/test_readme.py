@@ -36,7 +36,12 @@ def root(tmp_path, monkeypatch):
     about["numbers"] = {"answers": said, "doses": [0.0, 1.0, 2.0]}
     (tmp_path / "figures" / "atlas" / "fig09_prompt.json").write_text(json.dumps(about))
     rungs = {rung: {"KL": [i / 8, -0.5, 1.0, []]} for i, rung in enumerate(readme.RUNGS)}
-    about = {"caption": "Rungs.", "notebook": "11_ladder", "claims": [], "numbers": {"tone": rungs}}
+    about = {
+        "caption": "Rungs.",
+        "notebook": "11_ladder",
+        "claims": [],
+        "numbers": {"tone": rungs | {"strength": 0.156}},
+    }
     (tmp_path / "figures" / "atlas" / "fig11_ladder.json").write_text(json.dumps(about))
     return tmp_path
 
@@ -55,7 +60,7 @@ def test_every_block_is_written_anew_and_nothing_else_changes(root):
     names = [cells(row)[0].split()[0] for row in block(text, "scorecard").splitlines() if row.startswith("| ")]
     assert names == ["It", "**C1**", "**C9**", "**C12**"]
     assert block(text, "answers") == readme.answers(root / "figures" / "atlas")
-    assert cells(block(text, "ladder").splitlines()[-1])[:3] == ["tone", "0.00 [-0.50, 1.00]", "0.12 [-0.50, 1.00]"]
+    assert cells(block(text, "ladder").splitlines()[-1])[:2] == ["tone (0.16 nats)", "0.00 [-0.50, 1.00]"]
     assert readme.rendered(text, root) == text
 
 
@@ -65,7 +70,8 @@ def test_the_ladder_has_the_families_of_a_real_model_after_the_organism_s(root):
     rungs = (atlas / "fig11_ladder.json").read_text().replace('"tone"', '"sober"').replace("0.125", "0.5")
     (real / "fig11_ladder.json").write_text(rungs)
     of_atlas, of_real = map(cells, readme.ladder(atlas, real).splitlines()[2:])
-    assert of_atlas[0] == "tone" and of_real[:3] == ["sober, SmolLM2", "0.00 [-0.50, 1.00]", "0.50 [-0.50, 1.00]"]
+    assert of_atlas[:3] == ["tone (0.16 nats)", "0.00 [-0.50, 1.00]", "0.12 [-0.50, 1.00]"]
+    assert of_real[:3] == ["sober, SmolLM2 (0.16 nats)", "0.00 [-0.50, 1.00]", "0.50 [-0.50, 1.00]"]
 
 
 @pytest.mark.parametrize("name", MARKERS)
