@@ -165,7 +165,10 @@ def _measured(entry: dict) -> str:
 
 def _region(entry: dict) -> str:
     low, high = entry["prediction"]
-    return f"{'−∞' if low is None else _number(low)} to {'∞' if high is None else _number(high)}"
+    if low is None or high is None:
+        end = high if low is None else low
+        return f"{'below' if low is None else 'above'} {_number(end) if abs(end) > 1e-6 else 0}"
+    return f"{_number(low)} to {_number(high)}"
 
 
 def _number(value: float) -> str:

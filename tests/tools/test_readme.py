@@ -96,7 +96,7 @@ def test_a_row_of_the_scorecard_says_what_was_measured_the_verdict_in_its_parts_
     assert {len(cells(row)) for row in (head, rule, c1, c9, c12)} == {5}
     assert cells(c9) == [
         f"**C9** {claims.ALL['C9'].plain}",
-        "nats -0.50 [-0.70, -0.25]; claimed −∞ to -1.0e-09; over prompts and 2 training seeds",
+        "nats -0.50 [-0.70, -0.25]; claimed below 0; over prompts and 2 training seeds",
         "**reproduced** (direction yes; size inside; specific yes beside SFT)",
         "about the mean, DPO changes it by 0.25",
         "",
@@ -119,7 +119,7 @@ def test_claims_that_were_asked_of_several_worlds_are_shown_by_these(root):
     worlds = ATLAS.replace(name="worlds")
     claims.record(worlds, "C9", Estimate(-0.1, -0.2, -0.05), 960, "fig10_worlds", varied="8 worlds")
     shown = block(readme.rendered(TEXT, root), "scorecard")
-    assert "nats -0.10 [-0.20, -0.050]; claimed −∞ to -1.0e-09; over 8 worlds" in shown and "**C1**" in shown
+    assert "nats -0.10 [-0.20, -0.050]; claimed below 0; over 8 worlds" in shown and "**C1**" in shown
 
 
 def test_a_profile_s_page_has_every_claim_with_its_controls(root):
@@ -132,7 +132,7 @@ def test_a_profile_s_page_has_every_claim_with_its_controls(root):
     ]  # fmt: skip
     measured = "**-0.50 [-0.70, -0.25]**, each -0.60, -0.40, n = 240"
     assert c9[4] == f"{claims.ALL['C9'].metric}: {measured}<br><sub>SFT at equal strength: 0.010; centred: 0.25</sub>"
-    assert c9[5] == "−∞ to -1.0e-09" and c9[6].startswith("**reproduced** (")
+    assert c9[5] == "below 0" and c9[6].startswith("**reproduced** (")
     assert c12[5:] == ["-0.50 to 0.50", "**not reproduced** (size outside)"]
 
 
