@@ -17,6 +17,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 unexport PYTHONDONTWRITEBYTECODE
 
 $(if $(word 2,$(PROFILE)),$(error PROFILE=$(PROFILE) has a space in it, which make cannot pass on: rename the file or its folder))
+$(foreach name,profile model dpo_model data dask ray,$(if $($(name)),$(error $(name)= is not known: write it in capitals)))
 NAME := $(patsubst %.toml,%,$(notdir $(PROFILE)))
 BUILD := build/$(NAME)
 FIGURES := $(or $(DSTEER_FIGURES),figures)
@@ -148,9 +149,10 @@ $(FIGURES)/$(NAME)/report.html: $(BUILD)/one_page.ipynb tools/page.py
 	$(BIN)/python -m tools.page $< $@
 	@echo "The page is $@."
 
-$(BUILD)/choice: always
+# What is refused changes nothing: what was computed for another choice stays as it is.
+$(BUILD)/choice: always $(VENV)/installed
 	@mkdir -p $(@D)
-	@echo '$(CHOICE) $(JUDGES)' | cmp -s - $@ || echo '$(CHOICE) $(JUDGES)' > $@
+	@echo '$(CHOICE) $(JUDGES)' | cmp -s - $@ || { $(RUN) $(CHOICE) && echo '$(CHOICE) $(JUDGES)' > $@; }
 .PHONY: always
 
 # A notebook that reads the ledger runs after those before it that enter claims.

@@ -28,6 +28,7 @@ from papermill.parameterize import parameterize_notebook
 
 from helpers import places, profiles
 from helpers.data import catalogue, naming
+from helpers.lm.naming import refuse_missing
 from helpers.profiles import EMBEDDED, Profile
 from helpers.world import grammar
 from tools.readme import PAGES
@@ -126,7 +127,6 @@ def run(name: str, profile: Profile, parameters: dict[str, str], folder: Path) -
     """Execute notebooks/<name>.ipynb and return the finished copy in `folder`. Raises PapermillExecutionError."""
     folder.mkdir(parents=True, exist_ok=True)
     finished, partial, log = (folder / f"{name}{end}" for end in (".ipynb", ".partial.ipynb", ".log"))
-    finished.unlink(missing_ok=True)
     notebook = about(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4), profile)
     nbformat.write(notebook, partial)
     with log.open("w") as file:
@@ -242,8 +242,7 @@ def main() -> int:
         known = {name: profiles.load(name) for name in (*PUBLISHED, *BESIDE)}
         if given.publish and profile not in known.values():
             raise ValueError(f"Only a run of the profiles {', '.join(known)} as they are can be published.")
-        if profile.data.startswith(naming.PROMPTS) and any(name[0].isdigit() for name in given.names):
-            raise ValueError(f"{profile.data!r} are prompts alone, which are for `make report`: give pairs with DATA=.")
+        _check_sources(profile, given)
         folder = places.PROJECT / "build" / Path(given.profile).name.removesuffix(".toml")  # make's name for it
         if given.publish and profile.name in BESIDE:
             publish_beside(given.names, folder, places.PROJECT / "figures" / profile.name)
@@ -262,9 +261,21 @@ def main() -> int:
     return next((code for name in given.names if (code := _reported(name, profile, _parameters(given), folder))), 0)
 
 
+def _check_sources(profile: Profile, given: argparse.Namespace) -> None:
+    """Raise ValueError or FileNotFoundError for what no notebook need be started to refuse."""
+    if profile.data.startswith(naming.PROMPTS) and any(name[0].isdigit() for name in given.names):
+        raise ValueError(f"{profile.data!r} are prompts alone, which are for `make report`: give pairs with DATA=.")
+    if given.profile == "report" and not (profile.dpo_model or given.data):
+        raise ValueError("A page about your own model needs its partner as DPO_MODEL=, or pairs to train one as DATA=.")
+    for source in filter(None, (given.model, given.dpo_model)):
+        refuse_missing(source)
+    if given.data and naming.source_of(profile.data) is not None:
+        naming.local_file(naming.split_prefix(profile.data)[1])
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", help="notebooks, without .ipynb")
+    parser.add_argument("names", nargs="*", help="notebooks, without .ipynb; none: what was chosen is checked alone")
     parser.add_argument("--profile", default=DEFAULT_PROFILE)
     parser.add_argument("--model", default="", help="replaces the profile's model: a hub id, a folder or a .gguf file")
     parser.add_argument("--dpo-model", default="", help="replaces its partner: a ready one, a hub id or a folder")

@@ -22,7 +22,7 @@ import pyarrow
 from pyarrow import parquet
 
 from helpers.data.messages import is_message
-from helpers.data.naming import FORMATS, HUB_ID, SEPARATORS, is_file, refuse_folder
+from helpers.data.naming import HUB_ID, SEPARATORS, local_file
 from helpers.lm import hub
 
 datasets.disable_progress_bars()  # they would stay in the notebooks
@@ -44,24 +44,6 @@ def content_id(source: str) -> str:
         return source if is_pinned else f"{source} {_builder(source).hash}"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def local_file(source: str) -> Path | None:
-    """The file that a source names; None where it is a hub id. Raises FileNotFoundError or ValueError where it is
-    neither."""
-    refuse_folder(source)  # which `datasets` would read in place of a hub id of the same name
-    path = Path(source).expanduser()
-    named = is_file(path.name)
-    if path.is_file():
-        if not named:
-            raise ValueError(f"The data file {source} is of no kind that is read: give {FORMATS}.")
-        return path
-    if named or not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(
-            f"The data file {source} does not exist: give the path of one, {FORMATS}, or a hub id such as "
-            "Anthropic/hh-rlhf/harmless-base."
-        )
-    return None
 
 
 def rows_of(path: Path, columns: Collection[str] = ()) -> tuple[list[dict], list[str]]:

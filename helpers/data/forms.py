@@ -202,6 +202,7 @@ def columns_read() -> set[str]:
 
 
 ANSWERS = ("chosen", "rejected")
+NO_PROMPT = "no prompt"
 ALONE = (*PROMPTS, ("messages",), ("conversations",), ("context",), ("history",))  # where prompts alone are
 
 
@@ -259,7 +260,7 @@ def prompt_alone(record: dict) -> Row:
     """The prompt of a row, whatever answers it has or lacks. Raises Unusable."""
     columns = prompt_columns(record)
     if not columns:
-        raise Unusable("no prompt")
+        raise Unusable(NO_PROMPT)
     if columns in ALONE:
         prompt = _prompt(columns, record)
         return turns.answered(prompt if isinstance(prompt, str) else _up_to_the_user(prompt), record)
@@ -268,7 +269,7 @@ def prompt_alone(record: dict) -> Row:
     if not asked and len(said) == 2:
         return replace(turns.of_shared_text(*said, record), chosen="", rejected="")
     if len(asked) != 1:
-        raise Unusable("the two prompts differ" if asked else "no prompt")
+        raise Unusable("the two prompts differ" if asked else NO_PROMPT)
     return turns.answered(asked.pop(), record)
 
 

@@ -34,6 +34,24 @@ def is_file(source: str) -> bool:
     return source.removesuffix(".gz").endswith(SUFFIXES)
 
 
+def local_file(source: str) -> Path | None:
+    """The file that a source names; None where it is a hub id. Raises FileNotFoundError or ValueError where it is
+    neither."""
+    refuse_folder(source)  # which `datasets` would read in place of a hub id of the same name
+    path = Path(source).expanduser()
+    named = is_file(path.name)
+    if path.is_file():
+        if not named:
+            raise ValueError(f"The data file {source} is of no kind that is read: give {FORMATS}.")
+        return path
+    if named or not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(
+            f"The data file {source} does not exist: give the path of one, {FORMATS}, or a hub id such as "
+            "Anthropic/hh-rlhf/harmless-base."
+        )
+    return None
+
+
 def refuse_folder(source: str) -> None:
     """Raise ValueError for data that are a folder, which a hub id may be the name of too."""
     if Path(source).expanduser().is_dir():

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from helpers.data import forms, messages, trees, turns
-from helpers.data.files import from_hub, local_file, rows_of
+from helpers.data.files import from_hub, rows_of
 from helpers.data.messages import Unusable
+from helpers.data.naming import local_file
 from helpers.data.turns import Row
 
 _WORD = re.compile(r"\W*[^\W\d_]+(?:['’-][^\W\d_]+)*\W*")
@@ -117,6 +118,8 @@ def _kept(
 
 def _not_empty(found: Rows, source: str) -> Rows:
     """What was found. Raises ValueError where that is nothing."""
+    if not found.rows and found.unread and set(found.set_aside) == {forms.NO_PROMPT}:
+        raise ValueError(f"The data {source} hold no prompt in their columns {_quoted(found.unread)}: name one prompt.")
     if not found.rows:
         reasons = ", ".join(f"{reason} ({n})" for reason, n in found.set_aside.items()) or "no answers"
         raise ValueError(f"The data {source}, read as {found.form}, hold none but {reasons}: mend or replace them.")
@@ -133,6 +136,11 @@ def _recognised(records: list[dict], source: str, columns: dict[str, str]) -> Ro
         by_form[forms.form_of(record)].append(record)
     fitting = [form for form in by_form if form is not None]
     if not fitting:
+        if {column.lower() for column in columns} <= {name for prompt in forms.PROMPTS for name in prompt}:
+            raise ValueError(
+                f"The data {source} hold prompts and no answers: give a ready partner as DPO_MODEL= too, or let the "
+                f"model answer them itself with DATA=onpolicy:{source}."
+            )
         raise ValueError(f"The data {source} hold no preferences in their columns {_nearest(columns)}.")
     form = max(fitting, key=lambda form: len(by_form[form]))
     items, others = form.merge(by_form[form]), len(records) - len(by_form[form])

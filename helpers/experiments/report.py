@@ -6,12 +6,15 @@ can be compared with, such as training on the chosen answers alone, is not told 
 DPO's own doing.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from helpers import estimates, spectra
+from helpers.data import naming
 from helpers.data.unrelated import unrelated_texts
 from helpers.estimates import REACHED, Estimate
 from helpers.experiments.strength import RANDOM
@@ -30,6 +33,18 @@ FIRST = 5  # tokens of unrelated texts
 FEWEST = 8  # answers that an average over one position takes, or all where there are fewer
 LENGTHS = (1.0, 0.5, 0.25, 0.125, -0.125, -0.25, -0.5, -1.0)  # of random directions beside v_opt, 1 as strong as v*
 HARDLY_ANY = 1 - REACHED  # the share below which a sentence says so; nearly all is REACHED and more
+
+
+def about(s: Study) -> str:
+    """Whose page this is: base, partner and data, files and folders by their last name."""
+    base, partner, data = s.profile.model, s.profile.dpo_model, s.profile.data
+    before, source = naming.split_prefix(data)
+    named = [_last_name(base), _last_name(partner) if partner else "trained here", before + _last_name(source)]
+    return "; ".join(f"{what} **{name}**" for what, name in zip(("Base", "partner", "data"), named)) + "."
+
+
+def _last_name(source: str) -> str:
+    return Path(source).name if Path(source).exists() else source
 
 
 def moved(s: Study) -> pd.DataFrame:

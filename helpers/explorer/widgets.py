@@ -138,6 +138,7 @@ def _control(name: str, values: Sequence, value) -> ipywidgets.Widget:
 PAPER = (
     "font: 13px/1.6 'DejaVu Sans', Verdana, sans-serif; background: white; color: #222; padding: 8px; max-width: 1100px"
 )
+SAID = "white-space: pre-wrap; overflow-wrap: anywhere"
 GRID = "display: grid; gap: 10px 16px; grid-template-columns: repeat(auto-fit, minmax({}, 1fr));"
 
 
@@ -145,7 +146,8 @@ def answer(role: str, name: str, said: str, below: str = "") -> str:
     """What a model in a role of figures.COLOURS says, `said` and what stands `below` it as HTML."""
     return (
         f'<div data-role="{role}" style="border-top: 3px solid {figures.COLOURS[role]}; padding-top: 4px">'
-        f'<b>{html.escape(name)}</b><div class="said" style="white-space: pre-wrap">{said}</div>{below}</div>'
+        f'<b>{html.escape(name)}</b><div class="said" style="{SAID}">{said}</div>'
+        f"{below}</div>"
     )
 
 
@@ -163,7 +165,7 @@ def dosed(answers: pd.DataFrame, roles: Mapping[str, str], start: float = 1.0) -
     )
     name = f"doses-{hashlib.sha256(parts.encode()).hexdigest()[:8]}"
     return HTML(
-        f'<div id="{name}" style="{PAPER}"><label>dose λ <input type="range" style="width: 240px" '
+        f'<div id="{name}" style="{PAPER}"><label>dose λ <input type="range" aria-label="dose" style="width: 240px" '
         f'min="0" max="{len(doses) - 1}" value="{doses.index(start)}"> <b>{start:g}</b></label>{parts}</div>'
         f'<script>{{ const box = document.getElementById("{name}");\n{_TURN} }}</script>'
     )

@@ -5,15 +5,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SUFFIX = ".gguf"
-
-
-def existing(source: Path) -> Path:
-    """A GGUF file that is there. Raises FileNotFoundError for one that is not."""
-    if not source.is_file():
-        raise FileNotFoundError(f"The model file {source} does not exist: give an existing {SUFFIX} file.")
-    return source
-
 
 def convert(source: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into a folder, as safetensors in float32.

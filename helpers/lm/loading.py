@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from helpers.lm import hub
 from helpers.lm.architecture import blocks, causal_lm, unembedding, vocabulary
+from helpers.lm.naming import looks_local, refuse_missing
 
 disable_progress_bar()  # transformers' own bars; ours say what takes long
 ROLES = ("base", "dpo")
@@ -88,8 +89,8 @@ def load(
     hub.offline_without_a_network()
     name, revision = name_and_revision(source)
     kwargs = {"revision": revision, "trust_remote_code": False}
-    if _looks_local(name) and not Path(name).is_dir():
-        raise FileNotFoundError(_no_folder(name))
+    if not Path(name).is_dir():
+        refuse_missing(name)
     placed = _placement(device, quantize)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
@@ -185,8 +186,11 @@ def load_both(
         raise ValueError(
             f"The models {source} and {partner} have different tokens: base and partner must share a tokenizer."
         )
-    if (len(blocks(dpo)), unembedding(dpo).weight.shape) != (len(blocks(model)), unembedding(model).weight.shape):
-        raise ValueError(f"The models {source} and {partner} differ in size: base and partner have one architecture.")
+    its, own = ((type(causal_lm(one)), len(blocks(one)), unembedding(one).weight.shape) for one in (dpo, model))
+    if its != own:
+        raise ValueError(
+            f"The models {source} and {partner} differ in architecture or size: a partner is trained from its base."
+        )
     return _differing(BaseAndPartner(model, dpo, tokenizer), partner)
 
 
@@ -213,7 +217,7 @@ def adapter_folder(partner: str | Path) -> Path | None:
     Raises ValueError for an adapter without safetensors: pickled weights are not read.
     """
     name, revision = name_and_revision(partner)
-    if _looks_local(name) and not Path(name).is_dir():
+    if looks_local(name) and not Path(name).is_dir():
         return None
     find = partial(cached_file, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     try:
@@ -244,7 +248,11 @@ def _with_adapter(model: PreTrainedModel, source: str | Path, adapter: Path) -> 
         unmatched = load_peft_weights(str(adapter), device="cpu").keys() ^ get_peft_model_state_dict(adapted).keys()
         if unmatched:  # PEFT leaves out what it finds no place for, and keeps untrained what it finds no weights for
             raise KeyError(f"{min(unmatched)} is in one of them only")
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ValueError(
+            f"The adapter {Path(adapter).name} has weights that are damaged or cut short ({error}): get them again."
+        ) from error
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
         lines = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()
         reason = lines[min(1, len(lines) - 1)].strip()  # the first of torch's only announces the others
         raise ValueError(
@@ -280,23 +288,12 @@ def content_id(source: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _no_folder(name: str) -> str:
-    if Path(name).is_file():
-        return f"The model {name} is a file: give the folder that holds it with its configuration and its tokenizer."
-    return f"The model folder {name} does not exist: give an existing folder or a hub id."
-
-
 def _commit(source: str | Path) -> str:
     """A hub id with the commit that its revision names today: a branch moves, and what was computed must not be taken
     for the new weights'."""
     hub.offline_without_a_network()
     name, revision = name_and_revision(source)
-    if _looks_local(name):
-        raise FileNotFoundError(_no_folder(name))
+    refuse_missing(name)
     for file in ("config.json", "adapter_config.json"):
         try:
             found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -307,11 +304,25 @@ def _commit(source: str | Path) -> str:
     raise ValueError(_cannot_load(name, "it has no configuration."))
 
 
+def _wrong_with(folder: Path, error: Exception | str) -> str:
+    """What keeps a model's folder from being loaded, and the remedy."""
+    held = {path.name for path in folder.iterdir()}
+    if "config.json" not in held:
+        if "adapter_config.json" in held:
+            return "holds an adapter: give the base that it was trained on as MODEL=, and it as DPO_MODEL=."
+        return "holds no model: give the folder of a config.json, a tokenizer and weights as safetensors."
+    if not any(name.endswith(".safetensors") for name in held):
+        return "holds no safetensors: convert its weights; pickled ones are not read."
+    if not held & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}:
+        return "holds no tokenizer: save it there with `tokenizer.save_pretrained`."
+    if isinstance(error, SafetensorError):
+        return f"holds weights that are damaged or cut short ({error}): get them again."
+    return f"cannot be loaded: {str(error).splitlines()[0]}"
+
+
 def _cannot_load(name: str, error: Exception | str) -> str:
     if Path(name).is_dir():
-        if not list(Path(name).glob("*.safetensors")):
-            return f"The model folder {name} holds no safetensors: convert its weights; pickled ones are not read."
-        return f"The model folder {name} cannot be loaded: {str(error).splitlines()[0]}"
+        return f"The model folder {name} {_wrong_with(Path(name), error)}"
     if "gated repo" in str(error):
         return f"The model {name} is gated: accept its licence on its hub page, then log in with `hf auth login`."
     if "safetensors" in str(error):

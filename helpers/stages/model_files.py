@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from helpers.lm import gguf, loading, wheel
+from helpers.lm.naming import GGUF, refuse_missing
 from helpers.lm.wheel import Wheel
 from helpers.stages.artifacts import Artifact, stage
 
@@ -26,8 +27,9 @@ def model_files(model: str, held: Wheel | None) -> Artifact:
 
     Raises FileNotFoundError or ValueError with one sentence for a model that cannot be had.
     """
-    if model.endswith(gguf.SUFFIX):
-        source = gguf.existing(Path(model))
+    if model.endswith(GGUF):
+        refuse_missing(model)
+        source = Path(model)
         return converted(source, hashlib.sha256(source.read_bytes()).hexdigest())
     try:
         return Artifact(Path(model), loading.content_id(model))

@@ -897,3 +897,18 @@ def test_too_few_rows_are_refused_with_every_size(openings, found):
         f"The data have only {found} pairs for splits without a common opening, fewer than the 80 asked for: "
         "lower sizes.heldin (50), sizes.validation (10), sizes.heldout (20)."
     )
+
+
+@pytest.mark.parametrize("column", ["prompt", "Question"])
+def test_prompts_without_answers_are_told_what_they_are_good_for(tmp_path, column):
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({column: f"What is {i}?"}) + "\n" for i in range(3)))
+    with pytest.raises(ValueError, match="hold prompts and no answers: give a ready partner as DPO_MODEL= too"):
+        sources.read(str(path))
+
+
+def test_prompts_under_another_name_are_told_which_columns_there_are(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({"frage": f"What is {i}?"}) + "\n" for i in range(3)))
+    with pytest.raises(ValueError, match=r"hold no prompt in their columns 'frage': name one prompt\.$"):
+        sources.read_prompts(str(path))

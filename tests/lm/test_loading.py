@@ -106,12 +106,33 @@ def no_tokenizer(folder):
         (folder / name).unlink()
 
 
-@pytest.mark.parametrize("spoil", [spoil_config, spoil_weights, other_width, other_depth, unknown_type, no_tokenizer])
-def test_a_folder_that_cannot_be_loaded_is_named(folder, spoil):
+def an_adapter(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "./nowhere"}')
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, why",
+    [
+        (spoil_config, "cannot be loaded"),
+        (spoil_weights, "weights that are damaged or cut short"),
+        (other_width, "cannot be loaded"),
+        (other_depth, "cannot be loaded"),
+        (unknown_type, "cannot be loaded"),
+        (no_tokenizer, "holds no tokenizer: save it there"),
+        (an_adapter, "holds an adapter: give the base that it was trained on as MODEL="),
+        (no_config, "holds no model: give the folder of a config.json"),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_is_named_with_the_remedy(folder, spoil, why):
     spoil(folder)
     with pytest.raises(ValueError) as caught:
         loading.load(folder)
-    one_sentence(caught, f"The model folder {folder} cannot be loaded")
+    one_sentence(caught, f"The model folder {folder} ", why)
 
 
 def test_a_hub_id_without_a_network_is_refused_in_one_sentence(monkeypatch):
@@ -307,6 +328,27 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(base, tmp_path, other,
     one_sentence(caught, "The adapter adapter does not fit the base model", base.name, "train it on this base")
 
 
+def test_a_partner_of_another_architecture_is_refused_though_its_size_and_tokens_are_the_base_s(
+    base, tmp_path, tokenizer
+):
+    other, own = tiny("mistral", vocab_size=len(tokenizer)), loading.load(base)[0]
+    assert architecture.unembedding(other).weight.shape == architecture.unembedding(own).weight.shape
+    other.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        loading.load_both(base, tmp_path)
+    one_sentence(caught, "differ in architecture or size: a partner is trained from its base")
+
+
+def test_an_adapter_whose_weights_are_cut_short_is_named_with_the_remedy(base, tmp_path):
+    with_adapter(tiny("llama")).save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(ValueError) as caught:
+        loading.load_both(base, tmp_path / "adapter")
+    one_sentence(caught, "The adapter adapter has weights that are damaged or cut short", "get them again")
+
+
 def test_a_missing_partner_is_refused(base, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         loading.load_both(base, tmp_path / "nowhere")
@@ -314,7 +356,7 @@ def test_a_missing_partner_is_refused(base, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError) as caught:
         loading.load_both(base, tmp_path / "empty")
-    one_sentence(caught, "empty holds no safetensors")
+    one_sentence(caught, "empty holds no model")
 
 
 # --- What decides a model's content ---

@@ -162,9 +162,10 @@ def test_what_differs_between_two_runs_of_one_notebook_is_dropped():
     assert shown.data == {"text/plain": "<pandas.io.formats.style.Styler>", "text/html": "<table>"}
 
 
-def test_a_failing_notebook_leaves_what_had_run_and_no_finished_file(failed):
+def test_a_failing_notebook_leaves_what_had_run_beside_what_was_finished_before(failed):
     _, folder = failed
-    assert sorted(path.name for path in folder.iterdir()) == ["stub.log", "stub.partial.ipynb"]
+    assert sorted(path.name for path in folder.iterdir()) == ["stub.ipynb", "stub.log", "stub.partial.ipynb"]
+    assert (folder / "stub.ipynb").read_text() == "an older run"
     assert "so far" in stream(folder / "stub.partial.ipynb", "stdout") and "never" not in str(
         outputs(folder / "stub.partial.ipynb")
     )

@@ -17,9 +17,11 @@ from nbformat.v4 import new_code_cell, new_notebook
 from helpers.places import PROJECT
 
 COMMITTED = sorted(path.stem for path in (PROJECT / "notebooks").glob("[0-9]*.ipynb"))
-# Stands in for the environment's python: notes which notebook it was asked to run, and writes it unless it is `broken`.
+# Stands in for the environment's python: notes which notebook it was asked to run, and writes it unless it is `broken`;
+# asked for none, it refuses what is `missing`.
 PYTHON = """#!/bin/sh
 [ "$1 $2" = "-m tools.headless" ] || { echo "other: $*" >> calls; exit 0; }
+if [ "$3" = "--profile" ]; then case "$*" in *missing*) exit 2;; esac; exit 0; fi
 [ "$4 $6 $8 ${10}" = "--profile --model --dpo-model --data" ] || exit 9
 echo "$3|$5|$7|$9|${11}" >> calls
 folder=build/$(basename "$5" .toml)
@@ -182,6 +184,14 @@ def test_another_model_or_data_runs_all_again_and_back_again(project, choice):
     assert choice.split("=")[1] in (project / "calls").read_text().splitlines()[-1].split("|")
     assert ran(project, choice) == []
     assert sorted(ran(project)) == FIGURES
+
+
+def test_a_choice_that_is_refused_changes_nothing(project):
+    ran(project)
+    done = make(project, "figures", "MODEL=some/missing")
+    assert done.returncode != 0
+    assert {path.stem for path in (project / "build" / "atlas").glob("*.ipynb")} == set(FIGURES)
+    assert ran(project) == []
 
 
 def test_profiles_have_their_own_folders_and_a_changed_profile_file_runs_all_again(project):
