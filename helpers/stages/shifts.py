@@ -19,7 +19,6 @@ CONTEXTS = 2048  # tokens of answers that shifts are found on, and as many that 
 MOST_LOGITS = 2**25  # of those contexts together: a search computes them some thousand times
 # Of these the one that serves validation contexts best; under the first one a shift is one constant vector.
 PENALTIES = (math.inf, 10.0, 1.0, 1e-1, 1e-3, 1e-4, 1e-5, 1e-6)
-WORSE = 2  # in a row: no smaller penalty is tried then
 FEWEST = 1 / 64  # of all contexts, that a token of the answer needs for a vector of its own
 TOKEN, PROBE, PROMPT, STATE = KINDS = ("token", "probe", "prompt", "state")  # what x(c) may be
 LOW_RANKS = (1, 2, 4)  # of a change of the head, beside the full one
@@ -105,10 +104,7 @@ def _best(head: _Head, fit: Contexts, check: Contexts, kind: str, tokens: int) -
     for penalty in tqdm(PENALTIES, desc=f"shifts that depend on the {kind}, penalties", leave=False, delay=2):
         start = linear_shifts.nearest(loss, x, head.W.shape[1], penalty, start=start)
         tried.append((other(start(check.features(kind, tokens)))[0], penalty, start))
-        best = min(tried, key=lambda one: one[0])
-        if best[1] not in [tried_penalty for _, tried_penalty, _ in tried[-WORSE:]]:
-            break
-    _, penalty, shift = best
+    _, penalty, shift = min(tried, key=lambda one: one[0])
     return shift, penalty
 
 

@@ -166,7 +166,7 @@ def test_the_penalty_is_the_one_that_serves_other_contexts_best(monkeypatch, pen
     close(shift(check.states), tried[penalty](check.states), atol=1e-3, rtol=1e-3)
 
 
-def test_where_the_context_says_nothing_a_shift_is_one_constant_vector(monkeypatch):
+def test_where_the_context_says_nothing_a_shift_is_one_constant_vector():
     """Beside a goal that is one vector off and noise, every M is noise: the likeliest penalty leaves none of it."""
     W, v = random_vector(30, 6, seed=1).double(), random_vector(6, seed=2).double()
 
@@ -175,16 +175,11 @@ def test_where_the_context_says_nothing_a_shift_is_one_constant_vector(monkeypat
         expected = ((h + v) @ W.T + 2 * noise).softmax(-1) @ W
         return stage.Contexts(random_vector(n, 6, seed=seed + 2).double(), h, expected, torch.zeros(n, dtype=int), h)
 
-    asked = []
-    nearest = linear_shifts.nearest
-    monkeypatch.setattr(
-        linear_shifts, "nearest", lambda *args, **more: asked.append(args[3:]) or nearest(*args, **more)
-    )
     fit, check = contexts(40, 3), contexts(300, 7)
     shift, penalty = stage._best(stage._Head(W, None), fit, check, STATE, 1)
-    assert penalty >= 0.1 and sum(map(bool, asked)) < len(stage.PENALTIES)  # smaller ones are not tried
+    assert penalty >= 0.1
     loss = linear_shifts.kl_loss(W, fit.states, fit.expected)
-    alone = nearest(loss, fit.states, 6, float("inf"), steps=1000)
+    alone = linear_shifts.nearest(loss, fit.states, 6, float("inf"), steps=1000)
     assert alone.M.shape == (6, 6) and not alone.M.any()
     _, gradients = loss(alone(fit.states))
     close(gradients.mean(0), torch.zeros(6).double(), atol=1e-4, rtol=0)  # the best constant vector
