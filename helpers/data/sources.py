@@ -138,8 +138,8 @@ def _recognised(records: list[dict], source: str, columns: dict[str, str]) -> Ro
     if not fitting:
         if {column.lower() for column in columns} <= {name for prompt in forms.PROMPTS for name in prompt}:
             raise ValueError(
-                f"The data {source} hold prompts and no answers: give a ready partner as DPO_MODEL= too, or let the "
-                f"model answer them itself with DATA=onpolicy:{source}."
+                f"The data {source} hold prompts and no answers in their columns {_quoted(columns)}: give pairs, a "
+                f"ready partner as DPO_MODEL= too, or let the model answer them itself with DATA=onpolicy:{source}."
             )
         raise ValueError(f"The data {source} hold no preferences in their columns {_nearest(columns)}.")
     form = max(fitting, key=lambda form: len(by_form[form]))

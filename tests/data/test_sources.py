@@ -903,7 +903,9 @@ def test_too_few_rows_are_refused_with_every_size(openings, found):
 def test_prompts_without_answers_are_told_what_they_are_good_for(tmp_path, column):
     path = tmp_path / "asked.jsonl"
     path.write_text("".join(json.dumps({column: f"What is {i}?"}) + "\n" for i in range(3)))
-    with pytest.raises(ValueError, match="hold prompts and no answers: give a ready partner as DPO_MODEL= too"):
+    with pytest.raises(
+        ValueError, match=f"no answers in their columns '{column}': give pairs, a ready partner as DPO_MODEL= too"
+    ):
         sources.read(str(path))
 
 
