@@ -84,7 +84,8 @@ def ladder(folder: Path, real: Path) -> str:
     for name, rungs in families.items():
         shares = [rungs[rung]["KL"][:3] for rung in RUNGS]
         told = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in shares]
-        lines.append(_row(f"{name} ({rungs['strength']:.2f} nats)", *told))
+        strength = f" ({rungs['strength']:.2f} nats)" if "strength" in rungs else ""  # a figure from before it was kept
+        lines.append(_row(name + strength, *told))
     return "\n".join(lines)
 
 
