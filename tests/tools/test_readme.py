@@ -98,7 +98,7 @@ def test_a_row_of_the_scorecard_says_what_was_measured_the_verdict_in_its_parts_
         f"**C9** {claims.ALL['C9'].plain}",
         "nats -0.50 [-0.70, -0.25]; claimed below 0; over prompts and 2 training seeds",
         "**reproduced** (direction yes; size inside; specific yes beside SFT)",
-        "about the mean, DPO changes it by 0.25",
+        "about the mean it is 0.25",
         "",
     ]  # fmt: skip
     assert cells(c1)[2:] == ["**algebra** (size inside)", "of single tokens", ""]
