@@ -17,7 +17,8 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 unexport PYTHONDONTWRITEBYTECODE
 
 $(if $(word 2,$(PROFILE)),$(error PROFILE=$(PROFILE) has a space in it, which make cannot pass on: rename the file or its folder))
-$(foreach name,profile model dpo_model data dask ray,$(if $($(name)),$(error $(name)= is not known: write it in capitals)))
+# Variables of the shell of these names are none of make's business.
+$(foreach name,profile model dpo_model data dask ray,$(if $(filter command,$(origin $(name))),$(error $(name)= is not known: write it in capitals)))
 NAME := $(patsubst %.toml,%,$(notdir $(PROFILE)))
 BUILD := build/$(NAME)
 FIGURES := $(or $(DSTEER_FIGURES),figures)
