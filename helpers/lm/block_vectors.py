@@ -18,6 +18,7 @@ from helpers.lm import activations, architecture, batches, likelihoods
 from helpers.lm.batches import Tokens
 
 STEPS, ROUNDS = 15, 3
+MAX_BATCH_TOKENS = batches.MAX_BATCH_TOKENS // 4  # the states of all blocks are kept, for gradients
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def kl_and_gradients(model: nn.Module, towards: Towards, vectors: Mapping[str, T
             return kl.item(), torch.autograd.grad(kl, list(vectors.values()))
 
     with added(model, vectors):
-        found = list(batches.shrinking([len(s.ids) for s in sequences], batches.MAX_BATCH_TOKENS, compute))
+        found = list(batches.shrinking([len(s.ids) for s in sequences], MAX_BATCH_TOKENS, compute))
     return sum(value for value, _ in found), [sum(of_batch) for of_batch in zip(*(grads for _, grads in found))]
 
 

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from helpers.lm import activations, architecture, batches, encoding, steering
 
 MAX_ROWS = 4096  # answers decoded at once
-MAX_LOGITS = 2**26  # logits in memory at once
+MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**24, 2**26  # in memory at once; with a row of them go its keys and values
 MAX_IDLE = 0.25  # share of the branches in the cache that no row continues any more
 SPANS = ("response", "prompt", "all")
 
@@ -72,7 +72,8 @@ def sample(
     each = arms * draws  # answers to a prompt
     answers = [[[]] * len(prompts) for _ in range(each)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max(1, min(MAX_ROWS, MAX_LOGITS // architecture.vocabulary(model)) // each)
+    most = MAX_LOGITS if model.device.type == "cpu" else MAX_LOGITS_ON_GPU
+    step = max(1, min(MAX_ROWS, most // architecture.vocabulary(model)) // each)
 
     def compute(chunk: list[int]) -> tuple[list[int], list[list[int]]]:
         chosen = [order[i] for i in chunk]

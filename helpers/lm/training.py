@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from helpers.lm import architecture, likelihoods, shared_prompts
+from helpers.lm import architecture, likelihoods, products, shared_prompts
 from helpers.lm.batches import Tokens
 from helpers.lm.progress import ProgressBar
 from helpers.lm.recipe import STOPS, Recipe, step_of
@@ -24,6 +25,7 @@ from helpers.lm.recipe import STOPS, Recipe, step_of
 # Models whose kernels take the weights of this map past any adapter on it.
 FUSED = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2")
 TOKENS_AT_ONCE = 512
+LONGEST = 1024  # tokens of a pair, whose attention there is memory for as a matrix in every block
 disable_progress_bars()  # datasets' own bars; ours say what takes long
 
 
@@ -263,7 +265,8 @@ def train(
     trainer.add_callback(ProgressBar(f"{recipe.objective.upper()}, beta {recipe.beta:g}"))
     if recipe.rank:
         trainer.add_callback(_Keeping(recipe, folder))
-    trainer.train()
+    with products.fast(model) if max(pair.length for pair in pairs) <= LONGEST else nullcontext():
+        trainer.train()
     if trainer.is_world_process_zero():
         _save(trainer, tokenizer, recipe, folder)
 

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.lm import architecture, loading
+from helpers.lm import architecture, loading, products
 from helpers.lm.loading import BaseAndPartner
 from helpers.stages.artifacts import Artifact
 from helpers.stages.roles import Both, Fresh, Role
@@ -55,11 +55,9 @@ class OneModel:
     @contextmanager
     def playing(self, role: str) -> Iterator[nn.Module]:
         """The model in a role, `base` or `dpo`; `base` needs no partner."""
-        if role == "base" and "both" not in vars(self):
-            yield self.base
-        else:
-            with self.both.playing(role) as model:
-                yield model
+        alone = role == "base" and "both" not in vars(self)
+        with nullcontext(self.base) if alone else self.both.playing(role) as model, products.fast(model):
+            yield model
 
     def in_float64(self) -> PreTrainedModel:
         """The base model read anew in float64, for what is exact: beside its device where that has no float64."""

@@ -59,14 +59,12 @@ def shifts(
     """
     head = _head(role)
     fit, check = (_contexts(role, goal, head.W, *given, seed) for given in zip((heldin, validation), sides))
-    tokens, found, chosen = _of_their_own(fit.tokens), {}, {}
-    for kind in tqdm(KINDS, desc=f"shifts at final towards {goal.name}, by what they depend on", leave=False, delay=2):
-        full = _best(head, fit, check, kind, tokens)
-        found[kind, 0], chosen[f"{kind} penalty"] = full[0], torch.tensor(full[1], dtype=torch.float64)
-        if kind == STATE:
-            found |= {(kind, k): _of_rank(head, fit, full, k) for k in LOW_RANKS}
-    parts = {f"{kind} {rank} {name}": part for (kind, rank), shift in found.items() for name, part in _parts(shift)}
-    return parts | chosen
+    tokens, found = _of_their_own(fit.tokens), {}
+    kinds = tqdm(KINDS, desc=f"shifts at final towards {goal.name}, by what they depend on", leave=False, delay=2)
+    with role.opened():  # its products are as large as the model's
+        for kind in kinds:
+            found |= _of_a_kind(head, fit, check, kind, tokens)
+    return found
 
 
 def _of_their_own(tokens: Tensor) -> int:
@@ -95,6 +93,14 @@ class _Head(NamedTuple):
 
     def loss(self, contexts: Contexts) -> linear_shifts.Loss:
         return linear_shifts.kl_loss(self.W, contexts.states, contexts.expected, self.bias)
+
+
+def _of_a_kind(head: _Head, fit: Contexts, check: Contexts, kind: str, tokens: int) -> dict[str, Tensor]:
+    """The parts of the nearest shift of a kind, and its penalty; for a change of the head those of LOW_RANKS too."""
+    full, penalty = _best(head, fit, check, kind, tokens)
+    low = {k: _of_rank(head, fit, (full, penalty), k) for k in (LOW_RANKS if kind == STATE else ())}
+    parts = {f"{kind} {k} {name}": part for k, shift in {0: full, **low}.items() for name, part in _parts(shift)}
+    return parts | {f"{kind} penalty": torch.tensor(penalty, dtype=torch.float64)}
 
 
 def _best(head: _Head, fit: Contexts, check: Contexts, kind: str, tokens: int) -> tuple[LinearShift, float]:
