@@ -27,8 +27,12 @@ HOUSE := $(shell find helpers -name '*.py') $(wildcard profiles/*.toml) predicti
 ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
 WORLDS := $(filter %_worlds,$(ALL))
 LONGEST := $(WORLDS) $(filter %_ladder,$(ALL))  # begun first where two run at once
-# One page about a pair: the organism's, or another by a profile that takes minutes. Beside a ready partner, prompts do.
-PAIR := $(if $(filter file,$(origin PROFILE)),$(if $(MODEL),report,$(PROFILE)),$(PROFILE))
+# One page about a pair: another one by a profile that takes minutes; the organism's where it has been trained here, else
+# that of a smaller one. Beside a ready partner, prompts do.
+PAIR := $(PROFILE)
+ifeq ($(origin PROFILE),file)
+PAIR := $(if $(MODEL),report,$(if $(wildcard $(BUILD)/02_*.ipynb),$(PROFILE),quick))
+endif
 PROMPTS := $(if $(DPO_MODEL),$(if $(filter prompts:%,$(DATA)),,prompts:)$(or $(DATA),profiles/prompts.jsonl),$(DATA))
 NOTEBOOKS := $(filter-out $(WORLDS),$(ALL))
 EXECUTED := $(NOTEBOOKS:%=$(BUILD)/%.ipynb)

@@ -1,7 +1,8 @@
 """What is timed: ours and others' ways to the same states, answers, likelihoods and partners.
 
-Each factory prepares what a user prepares once (a wrapped model, a tokenizer) and returns the call that is timed. The
-others read the prompts in arrival order, `BATCH` at a time, as their users do; ours takes all of them at once.
+Each factory prepares what a user prepares once (a wrapped model, a tokenizer) and returns the call that is timed. Ours
+multiply as a model in its role does (`products.fast`) and take all prompts at once. The others multiply as torch does
+by itself and read the prompts in arrival order, `BATCH` at a time, as their users do.
 """
 
 import random
@@ -22,7 +23,17 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.subject import LAYERS, VOCABULARY, Subject, random_llama, tokenizer
-from helpers.lm import activations, architecture, batches, decoding, likelihoods, shared_prompts, tilts, training
+from helpers.lm import (
+    activations,
+    architecture,
+    batches,
+    decoding,
+    likelihoods,
+    products,
+    shared_prompts,
+    tilts,
+    training,
+)
 from helpers.lm.recipe import Recipe
 
 BATCH = 16
@@ -44,7 +55,8 @@ def ours(s: Subject) -> Call:
     sequences = [batches.Tokens(prompt) for prompt in s.prompts]
 
     def call() -> Tensor:
-        states = activations.hidden_states(s.model, sequences, sites)
+        with products.fast(s.model):
+            states = activations.hidden_states(s.model, sequences, sites)
         return torch.stack([states[site, "prompt_last"] for site in sites], dim=1)
 
     return call
@@ -107,7 +119,12 @@ def nnsight_trace(s: Subject, stopped: bool) -> Call:
 def generate(s: Subject, site: str, deltas: Tensor | None, n_prompts: int) -> Call:
     """Greedy answers to the first prompts: (arms, n_prompts, NEW_TOKENS) ids; deltas: (arms, d), None for no hook."""
     tokens, prompts, at = tokenizer(), s.prompts[:n_prompts], None if deltas is None else site
-    return lambda: torch.tensor(decoding.sample(s.model, tokens, prompts, NEW_TOKENS, None, at, deltas))
+
+    def call() -> Tensor:
+        with products.fast(s.model):
+            return torch.tensor(decoding.sample(s.model, tokens, prompts, NEW_TOKENS, None, at, deltas))
+
+    return call
 
 
 def generate_in_runs(s: Subject, site: str, deltas: Tensor) -> Call:
@@ -153,6 +170,10 @@ def likelihoods_of_arms(s: Subject, by_algebra: bool) -> Call:
     goal = [log_p.add(W @ own).log_softmax(-1) for log_p in likelihoods.response_distributions(s.model, chosen)]
 
     def algebra() -> Tensor:
+        with products.fast(s.model):
+            return by_one_product()
+
+    def by_one_product() -> Tensor:
         told = [torch.from_numpy(shared_prompts.answer_logps(s.model, a, deltas)) for a in (chosen, rejected)]
         base = likelihoods.response_distributions(s.model, chosen)
         kl = torch.stack([tilts.kl_to_goal(q, p, W @ deltas.T).sum(1) for q, p in zip(base, goal)], dim=1)
@@ -204,7 +225,8 @@ def training_by_ours() -> Call:
 
     def call() -> Tensor:
         model = random_llama()
-        pairs = training.training_pairs(model, chosen, rejected)
+        with products.fast(model):
+            pairs = training.training_pairs(model, chosen, rejected)
         at_once = training.fastest(model, pairs, RECIPE.batch_size)
         with tempfile.TemporaryDirectory() as folder:
             training.train(model, tokenizer(END), pairs, RECIPE, 0, Path(folder), at_once)

@@ -125,7 +125,8 @@ def ran(project: Path, *arguments: str) -> list[str]:
 @pytest.mark.parametrize(
     ("given", "profile", "data"),
     [
-        ((), "atlas", ""),
+        ((), "quick", ""),
+        (("PROFILE=atlas",), "atlas", ""),
         (("MODEL=b", "DPO_MODEL=d"), "report", "prompts:profiles/prompts.jsonl"),
         (("MODEL=b", "DPO_MODEL=d", "DATA=q.csv"), "report", "prompts:q.csv"),
         (("MODEL=b", "DPO_MODEL=d", "DATA=prompts:q.csv", "PROFILE=mine.toml"), "mine.toml", "prompts:q.csv"),
@@ -137,6 +138,11 @@ def test_a_report_is_about_the_pair_and_the_prompts_that_are_given(project, give
     assert f'headless one_page --profile "{profile}"' in commands and f'--data "{data}"' in commands
     name = profile.removesuffix(".toml")
     assert f"tools.page build/{name}/one_page.ipynb figures/{name}/report.html" in commands
+
+
+def test_a_report_without_a_pair_is_about_the_organism_that_was_trained_here(project):
+    assert ran(project)
+    assert 'headless one_page --profile "atlas"' in make(project, "-n", "report").stdout
 
 
 def touch(path: Path) -> None:
