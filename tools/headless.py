@@ -31,12 +31,12 @@ from helpers.data import catalogue, naming
 from helpers.lm.naming import refuse_missing
 from helpers.profiles import EMBEDDED, Profile
 from helpers.world import grammar
-from tools.readme import PAGES
 
 NOTEBOOKS = places.PROJECT / "notebooks"
 DEFAULT_PROFILE = "atlas"
 PUBLISHED = (DEFAULT_PROFILE, "worlds")  # whose pages are notebooks/ as they are committed
 BESIDE = ("smollm2",)  # whose executed pages are committed beside their figures
+PAGES = "pages"  # in a profile's folder of figures: those pages
 PAPERMILL_TAGS = ("parameters", "injected-parameters")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR, UP = r"\d+(%\|.*|it )\[\d\d:.*\]", "\x1b[A"  # of tqdm, its end known or not; and what takes it up a line

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from helpers import claims, places
 from helpers.evidence.verdicts import ALGEBRA, NONE, Verdict
+from tools.headless import PAGES
 
 DEFAULT_PROFILE = "atlas"
 WORLDS = "worlds"  # the profile whose ledger is over several worlds
-PAGES = "pages"  # in a profile's folder of figures: its executed notebooks, where they are kept there
 REAL = "smollm2"  # the one of a real language model, which stands beside it
 NAMES = {"base": "base", "steered": "base + v\\*", "desteered": "DPO − v\\*", "dpo": "DPO"}
 RUNGS = {

@@ -18,7 +18,7 @@ from helpers.lm import activations, architecture, batches, likelihoods
 from helpers.lm.batches import Tokens
 
 STEPS, ROUNDS = 15, 3
-MAX_BATCH_TOKENS = batches.MAX_BATCH_TOKENS // 4  # the states of all blocks are kept, for gradients
+MAX_BATCH_TOKENS = 1024  # of a large model, whose states in all blocks are kept for gradients
 
 
 @contextmanager
@@ -88,8 +88,9 @@ def kl_and_gradients(model: nn.Module, towards: Towards, vectors: Mapping[str, T
             kl = _kl(model, goal, [sequences[i] for i in indices]) / tokens
             return kl.item(), torch.autograd.grad(kl, list(vectors.values()))
 
+    most = batches.MAX_BATCH_TOKENS if architecture.is_small(model) else MAX_BATCH_TOKENS
     with added(model, vectors):
-        found = list(batches.shrinking([len(s.ids) for s in sequences], MAX_BATCH_TOKENS, compute))
+        found = list(batches.shrinking([len(s.ids) for s in sequences], most, compute))
     return sum(value for value, _ in found), [sum(of_batch) for of_batch in zip(*(grads for _, grads in found))]
 
 
