@@ -131,9 +131,12 @@ def jackknife_interval(statistic: Callable[[np.ndarray], Sequence[float]], group
 
     statistic: of the indices of the rows kept; one value, or one a training seed, which are averaged. groups: a label
     for each row, (N,), or (K, N) of K crossed factors, whose squared errors are added: more than there is, since both
-    count what they share. Not a bootstrap: resampled rows hold duplicates, which by themselves raise sigma_1.
+    count what they share. Not a bootstrap: resampled rows hold duplicates, which by themselves raise sigma_1. Raises
+    ValueError where no factor has two levels.
     """
     factors = [np.unique(row, return_inverse=True)[1] for row in np.atleast_2d(groups)]
+    if not any(member.max() for member in factors):
+        raise ValueError("A jackknife leaves groups out, and all rows are of one: give rows of two groups at least.")
     rows = np.arange(len(factors[0]))
     by_seed = np.atleast_1d(statistic(rows))
     error = np.hypot.reduce([jackknife_half_width(statistic, rows, member) for member in factors if member.max()])
@@ -186,7 +189,7 @@ def share_of_the_way(
     found = interval(recovered_share, steered, start, goal, groups=groups)
     if bounded and found.low == found.high:
         none = share_interval(np.zeros(min(len(set(row)) for row in np.atleast_2d(groups)))).high
-        return found._replace(high=found.value + none / np.subtract(goal, start).mean())
+        return found._replace(high=found.value + none / abs(np.subtract(goal, start).mean()))
     return found
 
 

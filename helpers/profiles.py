@@ -198,7 +198,8 @@ def load(name_or_path: str, model: str | None = None, data: str | None = None, d
             f"Unknown profile {name_or_path!r}: give one of {', '.join(BUILT_IN)}, or the path of a .toml file."
         )
     profile = _read(FOLDER / f"{name_or_path}.toml" if name_or_path in BUILT_IN else Path(name_or_path))
-    given = {name: value for name, value in (("model", model), ("data", data), ("dpo_model", dpo_model)) if value}
+    named = {"model": model, "data": data, "dpo_model": dpo_model}
+    given = {name: resolved(value) for name, value in named.items() if value}
     return profile.replace(**({"dpo_model": "", "wheel": None} if model else {}) | given) if given else profile
 
 

@@ -184,7 +184,8 @@ class Study(Steered):
             deltas = torch.stack([self.direction(site, position) for position in POSITIONS])
             table = self.sweep("base", site, deltas, split="validation", draws=self.profile.extent.draws)
             tables |= {(site, position): table[table["arm"] == i] for i, position in enumerate(POSITIONS)}
-        base = self.answers("base", "validation")
+        nothing = torch.zeros_like(self.direction())[None]  # of as many draws, which share their random numbers
+        base = self.sweep("base", FINAL, nothing, split="validation", draws=self.profile.extent.draws)
         return site_choice.scores(tables, base, self.factors("validation"), self.profile.health)
 
     def best_site(self) -> tuple[str, str]:

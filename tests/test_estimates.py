@@ -456,6 +456,7 @@ def test_where_nothing_moved_the_share_is_bounded_by_wilson_s_interval_for_none_
     bounded = estimates.share_of_the_way("base", ends["base"], ends, groups, bounded=True)
     assert plain[:3] == (0, 0, 0)
     assert bounded[:2] == (0, 0) and bounded.high == pytest.approx(wilson(0, 10)[1] / 0.5)
+    assert estimates.share_of_the_way("dpo", ends["dpo"], ends, groups, bounded=True) == bounded
     ends, steered, groups = two_ends()  # one that has a width keeps it
     assert estimates.share_of_the_way("dpo", steered, ends, groups, bounded=True) == estimates.share_of_the_way(
         "dpo", steered, ends, groups

@@ -68,7 +68,7 @@ class Member(Study):
 
 
 def lead(study: Study) -> None:
-    """Make, in the main process, all partners that notebooks ask a profile for: `Study.chosen` and its replicates."""
+    """Make the profile's own partners: `Study.chosen` and its other seeds. Controls are trained by the notebooks."""
     if not study.has(lambda study: study.source):
         parallel.each(_make_source, [study.profile], "the base model")
     recipe = study.chosen.recipe

@@ -116,7 +116,8 @@ def is_small(model: nn.Module) -> bool:
 
 
 def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Without an adapter's, which may be loaded or not."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
 
 
 def fits_beside_another(model: nn.Module) -> bool:

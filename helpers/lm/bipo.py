@@ -19,7 +19,8 @@ from helpers.lm.training import TrainingPair
 def optimised_vector(
     model: nn.Module, pairs: Sequence[TrainingPair], site: str, recipe: Recipe, scale: float, seed: int
 ) -> Tensor:
-    """Train v, (d,), added at a site where responses are predicted, by the recipe's loss on the same number of batches.
+    """Train v, (d,), added at a site where responses are predicted, by the recipe's loss on as many batches as
+    its whole run has, whatever its stop.
 
     scale: the root mean square of the site's states; Adam's steps are a tenth of it. The model itself stays as it is.
     """

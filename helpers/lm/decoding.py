@@ -2,8 +2,8 @@
 
 All arms of a comparison (doses, directions, loading) use the same random numbers for the same prompt and draw: adding
 Gumbel noise to the logits and taking the maximum samples exactly from the softmax (the Gumbel-max trick), and the noise
-depends only on the seed, the prompt's index, the draw and the step. Arms then differ by what was done to the model
-alone, and a sample does not depend on which others share its batch.
+depends only on the seed, the prompt's index, how many draws there are, which of them it is, and the step. Arms then
+differ by what was done to the model alone, and a sample does not depend on which others share its batch.
 
 What arms and draws have in common is computed once: draws of one arm share all states and logits until they say
 different things. Steering at `final` moves what the unembedding reads and no state that a later token attends to, so
@@ -25,7 +25,9 @@ from transformers.utils import ModelOutput
 from helpers.lm import activations, architecture, batches, encoding, steering
 
 MAX_ROWS = 4096  # answers decoded at once
-MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**24, 2**26  # in memory at once; with a row of them go its keys and values
+MAX_LOGITS = 2**26  # in memory at once
+# Of a large model on a processor, where memory is scarcer: with a row of logits go its keys and values.
+MAX_LOGITS_OF_LARGE, MAX_TOKENS_OF_LARGE = 2**24, 2**14
 MAX_IDLE = 0.25  # share of the branches in the cache that no row continues any more
 SPANS = ("response", "prompt", "all")
 
@@ -72,8 +74,7 @@ def sample(
     each = arms * draws  # answers to a prompt
     answers = [[[]] * len(prompts) for _ in range(each)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    most = MAX_LOGITS if model.device.type == "cpu" else MAX_LOGITS_ON_GPU
-    step = max(1, min(MAX_ROWS, most // architecture.vocabulary(model)) // each)
+    step = _prompts_at_once(model, each, max(map(len, prompts), default=1))
 
     def compute(chunk: list[int]) -> tuple[list[int], list[list[int]]]:
         chosen = [order[i] for i in chunk]
@@ -86,6 +87,15 @@ def sample(
                 answers[row % each][chunk[row // each]] = ids
             bar.update(len(chunk))
     return answers
+
+
+def _prompts_at_once(model: nn.Module, each: int, longest: int) -> int:
+    """How many prompts of at most so many tokens are answered in one batch, `each` of them so many times."""
+    vocabulary = architecture.vocabulary(model)
+    if model.device.type != "cpu" or architecture.is_small(model):
+        return max(1, min(MAX_ROWS, MAX_LOGITS // vocabulary) // each)
+    rows = min(MAX_ROWS, MAX_LOGITS_OF_LARGE // vocabulary)
+    return max(1, min(rows // each, MAX_TOKENS_OF_LARGE // longest))
 
 
 def _checked(model: nn.Module, site: str | None, deltas: Tensor | None, span: str, prompts: int) -> Tensor | None:

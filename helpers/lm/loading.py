@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.logging import disable_progress_bar
 
-from helpers.lm import hub
+from helpers.lm import hub, products
 from helpers.lm.architecture import blocks, causal_lm, unembedding, vocabulary
 from helpers.lm.naming import looks_local, refuse_missing
 
@@ -71,11 +71,10 @@ class BaseAndPartner:
         """Yield the model playing `base` or `dpo`; afterwards an adapter is on again."""
         if role not in ROLES:
             raise ValueError(f"Unknown role {role!r}: it is {' or '.join(ROLES)}.")
-        if role == "base" and self.base is self.dpo:
-            with self.base.disable_adapter():
-                yield self.base
-        else:
-            yield getattr(self, role)
+        model = getattr(self, role)
+        off = role == "base" and self.base is self.dpo
+        with model.disable_adapter() if off else nullcontext(), products.fast(model):
+            yield model
 
 
 def load(

@@ -84,9 +84,16 @@ def check(model: nn.Module, site: str, delta: Tensor) -> None:
     architecture.site_layer(model, site)
     width = architecture.width(model, site)
     if delta.shape[-1] != width:
-        raise ValueError(f"A vector of width {delta.shape[-1]} does not fit a model of width {width}.")
+        raise ValueError(
+            f"A vector of width {delta.shape[-1]} does not fit a model of width {width}: estimate it on this model."
+        )
     if not delta.isfinite().all():
         raise ValueError("The vector to add is not finite: estimate it again from finite states.")
+
+
+def check_products(model: nn.Module, W: Tensor) -> None:
+    """Raise NoBias where logits are more than W h, as `bias_on_logits` does. W: the unembedding, (vocabulary, d)."""
+    bias_on_logits(model, W[W.norm(dim=1).argmax()])  # not any row: that of a padding token may be zero
 
 
 class NoBias(ValueError):
@@ -103,6 +110,8 @@ def bias_on_logits(model: nn.Module, delta: Tensor) -> Tensor:
         steered = few_logits(model)
     if not torch.allclose(steered, few_logits(model) + bias, atol=1e-4, rtol=1e-4):
         name = type(architecture.causal_lm(model)).__name__
+        if model.dtype in (torch.bfloat16, torch.float16):
+            raise NoBias(f"16 bits are too few to tell whether the logits of {name} are W h: load it in float32.")
         raise NoBias(
             f"The logits of {name} are more than W h, so a vector at final is no bias on them: add it by a hook."
         )

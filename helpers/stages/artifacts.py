@@ -60,6 +60,7 @@ def stage(make: Callable | None = None, *, unkeyed: Collection[str] = (), is_unf
     """
     if make is None:
         return functools.partial(stage, unkeyed=unkeyed, is_unfinished=is_unfinished)
+    keys.code_of(make.__module__)  # what is imported now: it may be edited while this process lives
     signature = inspect.signature(make)
     fills_a_folder = "folder" in signature.parameters
 

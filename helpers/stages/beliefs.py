@@ -14,9 +14,9 @@ from helpers.stages.roles import Role
 
 @stage
 def beliefs(role: Role, task: TaskBase, pairs: Sequence[PreferencePair], deltas: Tensor) -> pd.DataFrame:
-    """Every value of the asked kind is scored in the answer that states it without a tone, with each of `deltas`,
-    (arms, d), added at `final`. A row an arm and a prompt: `rank` of the true value by log-probability, 1 the
-    likeliest, and `lead`, its log-probability less that of the best other one, in nats.
+    """Every value of the asked kind is scored in the answer that states it without a tone, with each of `deltas`
+    (`steering.by_prompt`) added at `final`. A row an arm and a prompt: `rank` of the true value by log-probability, 1
+    the likeliest, and `lead`, its log-probability less that of the best other one, in nats.
     """
     stated, tokenizer = [task.stated(pair) for pair in pairs], role.tokenizer()
     sequences = [

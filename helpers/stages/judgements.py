@@ -44,16 +44,14 @@ def judgement_table(
     (prompt, place), of_draws = np.unique(np.stack([asked.ravel(), said.ravel()]), axis=1, return_inverse=True)
     texts = decoding.texts(base.tokenizer(), answers.distinct)
     judged = pd.DataFrame(task.judgements([pairs[i] for i in prompt], [texts[i] for i in place]))
-    if fluency and "well_formed" not in judged:
-        of_first = np.unique(of_draws.reshape(said.shape)[:, 0])
-        ids = [answers.distinct[i] for i in place[of_first]]
-        judged.loc[of_first, "token_loss"] = _token_losses(
-            base, [prompts[i] for i in prompt[of_first]], ids, new_tokens
-        )
     by_draw = judged.iloc[of_draws.ravel()].set_index([np.indices(said.shape)[i].ravel() for i in (0, 2)])
     table = by_draw.groupby(level=[0, 1]).mean()
     table.loc[by_draw["preferred"].isna().groupby(level=[0, 1]).any(), "preferred"] = np.nan
     table = table.rename_axis(["arm", "prompt"]).reset_index()
+    if fluency and "well_formed" not in judged:
+        once, row = np.unique(of_draws.reshape(said.shape)[:, 0], return_inverse=True)
+        ids = [answers.distinct[i] for i in place[once]]
+        table["token_loss"] = _token_losses(base, [prompts[i] for i in prompt[once]], ids, new_tokens)[row.ravel()]
     first = said[:, 0].ravel()
     table.insert(2, "text", [texts[i] for i in first])
     table.insert(3, "ids", [answers.distinct[i] for i in first])

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -55,9 +55,12 @@ class OneModel:
     @contextmanager
     def playing(self, role: str) -> Iterator[nn.Module]:
         """The model in a role, `base` or `dpo`; `base` needs no partner."""
-        alone = role == "base" and "both" not in vars(self)
-        with nullcontext(self.base) if alone else self.both.playing(role) as model, products.fast(model):
-            yield model
+        if role == "base" and "both" not in vars(self):
+            with products.fast(self.base):
+                yield self.base
+        else:
+            with self.both.playing(role) as model:
+                yield model
 
     def in_float64(self) -> PreTrainedModel:
         """The base model read anew in float64, for what is exact: beside its device where that has no float64."""
@@ -77,7 +80,8 @@ class OneModel:
             return architecture.unembedding(model).weight.detach().float().cpu()
 
     def _let_go(self) -> None:
-        vars(self).pop("_base", None)
+        for held in ("_base", "both"):
+            vars(self).pop(held, None)
 
     # --- What stages are handed ---
 

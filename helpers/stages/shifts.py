@@ -149,5 +149,5 @@ def _head(role: Role) -> _Head:
     with role.opened() as model:
         layer = architecture.unembedding(model)
         W, bias = (part if part is None else part.detach().float().cpu() for part in (layer.weight, layer.bias))
-        steering.bias_on_logits(model, W[0])
+        steering.check_products(model, W)
     return _Head(W, bias)

@@ -84,7 +84,7 @@ def unembedding(role: Role) -> Tensor:
     """W, (vocabulary, d), float32. Raises NoBias where logits are more than W h."""
     with role.opened() as model:
         W = architecture.unembedding(model).weight.detach().float().cpu()
-        steering.bias_on_logits(model, W[0])
+        steering.check_products(model, W)
     return W
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import bytes_of
 
 from helpers import places
-from helpers.stages import artifacts
+from helpers.stages import artifacts, keys
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,14 @@ def fetch(make, x=1, name="made"):
     made.__name__ = made.__qualname__ = name
     made.__module__ = "helpers.stages.tables"  # some module of ours: a stage's code counts
     return artifacts.stage(made)(x)
+
+
+def test_code_is_read_when_a_stage_is_made_and_not_when_it_is_called(monkeypatch):
+    """In between a file may have been edited, which the running process knows nothing of."""
+    keys.code_of.cache_clear()
+    make, _ = returning(3)
+    monkeypatch.setattr(keys, "_reached", lambda module: pytest.fail("read again"))
+    assert make() == 3
 
 
 def read(artifact):
