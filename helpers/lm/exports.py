@@ -140,13 +140,10 @@ def directions(path: Path) -> dict[str, Tensor]:
     try:
         found = _from_gguf(path) if path.suffix == ".gguf" else _from_tensors(path)
     except pickle.UnpicklingError:  # whose text says how to run what is in it
-        raise ValueError(
-            f"The file of vectors {path} holds more than tensors, which is not read: save the tensors alone."
-        ) from None
+        raise ValueError(f"The file {path} holds more than tensors, which is not read: save them alone.") from None
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError, OSError) as error:
-        raise ValueError(
-            f"The file of vectors {path} cannot be read ({str(error).splitlines()[0]}): save it again."
-        ) from error
+        said = str(error).splitlines()[0]
+        raise ValueError(f"The file of vectors {path} cannot be read ({said}): save it again.") from error
     wrong = [n for n, v in found.items() if n < 0 or v.ndim != 1 or not v.isfinite().all()]
     if wrong or not found:
         raise ValueError(f"The file {path} holds no vectors after blocks, one finite one each: got {wrong or 'none'}.")
