@@ -39,7 +39,7 @@ def about(s: Study) -> str:
     """Whose page this is: base, partner and data, files and folders by their last name."""
     base, partner, data = s.profile.model, s.profile.dpo_model, s.profile.data
     before, source = naming.split_prefix(data)
-    base = "the organism" if base == EMBEDDED else _last_name(base)
+    base = f"the organism of {s.profile.organism.places} places" if base == EMBEDDED else _last_name(base)
     named = [base, _last_name(partner) if partner else "trained here", before + _last_name(source)]
     return "; ".join(f"{what} **{name}**" for what, name in zip(("Base", "partner", "data"), named)) + "."
 

@@ -35,6 +35,12 @@ def pair(trained, tmp_path_factory):
     return study.OfPrompts(PROFILE.replace(name="asked", data=f"prompts:{path}", sizes=sizes, **chosen))
 
 
+def test_the_page_says_whose_it_is_and_which_organism(trained):
+    assert report.about(trained) == (
+        f"Base **the organism of {PROFILE.organism.places} places**; partner **trained here**; data **{PROFILE.data}**."
+    )
+
+
 def test_states_move_as_far_as_plain_forward_passes_say(trained, plain):
     read = trained.encoded("heldout")[0]
     norms = {"delta": [], "base": []}
