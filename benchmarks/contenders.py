@@ -171,11 +171,8 @@ def likelihoods_of_arms(s: Subject, by_algebra: bool) -> Call:
 
     def algebra() -> Tensor:
         with products.fast(s.model):
-            return by_one_product()
-
-    def by_one_product() -> Tensor:
-        told = [torch.from_numpy(shared_prompts.answer_logps(s.model, a, deltas)) for a in (chosen, rejected)]
-        base = likelihoods.response_distributions(s.model, chosen)
+            told = [torch.from_numpy(shared_prompts.answer_logps(s.model, a, deltas)) for a in (chosen, rejected)]
+            base = likelihoods.response_distributions(s.model, chosen)
         kl = torch.stack([tilts.kl_to_goal(q, p, W @ deltas.T).sum(1) for q, p in zip(base, goal)], dim=1)
         return torch.stack([told[0] - told[1], kl])
 

@@ -1,7 +1,7 @@
 """Products of float32 matrices by oneDNN, where it computes them as exactly as torch's own choice, MKL, and faster.
 
-torch hands them to oneDNN where it may round what is multiplied to bfloat16. Not every processor gains by that; where
-one does not, oneDNN rounds nothing, and uses what MKL leaves unused on processors of another maker.
+torch hands them to oneDNN where it may round what is multiplied to bfloat16. Whether it does is another matter, and the
+processor's: on one of AMD it rounded nothing and was twice as fast as MKL (docs/speed.md). So it is tried first.
 """
 
 from collections.abc import Iterator
