@@ -14,18 +14,20 @@ import pandas as pd
 
 from helpers import profiles
 from helpers.data import tasks
-from helpers.data.preferences import PreferencePair
+from helpers.data.preferences import Drawn, PreferencePair
 from helpers.lm import architecture, encoding
 from helpers.lm.batches import Tokens
 from helpers.lm.recipe import Recipe
 from helpers.lm.training import TrainingPair
 from helpers.profiles import Profile
-from helpers.stages import artifacts, engines, examined, pairs, parallel, trials
+from helpers.stages import artifacts, engines, examined, parallel, trials
 from helpers.stages.artifacts import Artifact
 from helpers.stages.encoded import encoded_pairs
+from helpers.stages.keys import Fixed
 from helpers.stages.loaded import OneModel, Placement
 from helpers.stages.model_files import model_files
 from helpers.stages.organism import organism
+from helpers.stages.pairs import drawn_pairs
 from helpers.stages.partner import partner, train_within_memory
 from helpers.stages.reference import base_logps
 from helpers.stages.trials import Trial
@@ -41,7 +43,8 @@ class Subject:
     def __init__(self, profile: Profile):
         self.profile = profile
         self.task = tasks.task(profile.data, profile.score, profile.seed, profile.sizes, profile.organism.places)
-        self._encoded: dict[str, tuple[list[Tokens], list[Tokens]]] = {}
+        self._encoded: dict[str, tuple[Sequence[Tokens], Sequence[Tokens]]] = {}
+        self._prompts: dict[str, Sequence[list[int]]] = {}
         self._states: dict[str, dict[tuple[str, str, str], Path]] = {}
         self._final: dict[str, dict[tuple[str, str, str], Path]] = {}
 
@@ -76,20 +79,20 @@ class Subject:
     # --- 2. Its preferences ---
 
     @cached_property
-    def _drawn(self) -> dict[str, dict]:
-        return pairs.drawn_pairs(self.task, self.lm.role("base"))
+    def _drawn(self) -> Drawn:
+        return drawn_pairs(self.task, self.lm.role("base"))
 
-    @cached_property
-    def pairs(self) -> dict[str, list[PreferencePair]]:
+    @property
+    def pairs(self) -> dict[str, Sequence[PreferencePair]]:
         """The preference pairs of each split; no prompt is in two splits."""
-        return pairs.by_split(self._drawn)
+        return self._drawn.pairs
 
     @property
     def account(self) -> dict[str, int]:
         """What became of each row that the pairs were drawn from; empty where they are written here."""
-        return self._drawn["account"]
+        return self._drawn.account
 
-    def encoded(self, split: str) -> tuple[list[Tokens], list[Tokens]]:
+    def encoded(self, split: str) -> tuple[Sequence[Tokens], Sequence[Tokens]]:
         """The pairs of a split as token ids: with their chosen answers, with their rejected answers.
 
         Raises ValueError for an unknown split.
@@ -97,13 +100,14 @@ class Subject:
         if split not in self.pairs:
             raise ValueError(f"There is no split {split!r}: choose from {', '.join(self.pairs)}.")
         if split not in self._encoded:
-            both = encoded_pairs(self.pairs[split], self.lm.role("base"))
-            self._encoded[split] = tuple([Tokens(*ids) for ids in answers] for answers in both)
+            self._encoded[split] = encoded_pairs(self.pairs[split], self.lm.role("base"))
         return self._encoded[split]
 
-    def prompts(self, split: str) -> list[list[int]]:
+    def prompts(self, split: str) -> Sequence[list[int]]:
         """The prompts of a split as token ids."""
-        return [tokens.prompt for tokens in self.encoded(split)[0]]
+        if split not in self._prompts:
+            self._prompts[split] = Fixed(tokens.prompt for tokens in self.encoded(split)[0])
+        return self._prompts[split]
 
     def factors(self, split: str) -> np.ndarray:
         """What the prompts of a split share, a row a factor, (K, N) labels: what an interval over prompts resamples."""
@@ -122,10 +126,10 @@ class Subject:
         return Tokens(whole[: next(i for i, (a, b) in enumerate(zip(whole, part)) if a != b)]), word
 
     @cached_property
-    def training_pairs(self) -> list[TrainingPair]:
+    def training_pairs(self) -> Sequence[TrainingPair]:
         """The held-in pairs that partners are trained on. What the base makes of them is computed once for them all."""
         encoded = self.encoded("heldin")
-        return list(map(TrainingPair, *encoded, map(tuple, base_logps(self.lm.role("base"), *encoded))))
+        return Fixed(map(TrainingPair, *encoded, base_logps(self.lm.role("base"), *encoded)))
 
     # --- 3. Its partner ---
 

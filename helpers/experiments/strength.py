@@ -17,6 +17,7 @@ from helpers.data.preferences import PreferencePair
 from helpers.lm.recipe import STOPS, Recipe
 from helpers.lm.training import TrainingPair
 from helpers.profiles import Profile
+from helpers.stages.keys import Fixed
 from helpers.study import Study
 
 DOSES = torch.tensor([0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0])  # tried on the way from the DPO model to the base
@@ -33,13 +34,13 @@ class Checkpoint(Study):
     fluency = False
 
     @cached_property
-    def pairs(self) -> dict[str, list[PreferencePair]]:
+    def pairs(self) -> dict[str, Sequence[PreferencePair]]:
         """The pairs that it is measured on, by split."""
         every = EVERY | {"heldout": self.profile.extent.every}
-        return {split: kept[:: every[split]] for split, kept in super().pairs.items()}
+        return {split: Fixed(kept[:: every[split]]) for split, kept in super().pairs.items()}
 
     @cached_property
-    def training_pairs(self) -> list[TrainingPair]:
+    def training_pairs(self) -> Sequence[TrainingPair]:
         """All held-in pairs."""
         return Study(self.profile).training_pairs
 

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from helpers.lm import activations, architecture, batches, encoding, steering
 
 MAX_ROWS = 4096  # answers decoded at once
+MAX_APART = 1024  # of which so many may part ways from the first token on, each with keys and values of its own
 MAX_LOGITS = 2**26  # in memory at once
 # Of a large model on a processor, where memory is scarcer: with a row of logits go its keys and values.
 MAX_LOGITS_OF_LARGE, MAX_TOKENS_OF_LARGE = 2**24, 2**14
@@ -74,7 +75,8 @@ def sample(
     each = arms * draws  # answers to a prompt
     answers = [[[]] * len(prompts) for _ in range(each)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = _prompts_at_once(model, each, max(map(len, prompts), default=1))
+    apart = draws if _leaves_states(site) else each
+    step = _prompts_at_once(model, each, apart, max(map(len, prompts), default=1))
 
     def compute(chunk: list[int]) -> tuple[list[int], list[list[int]]]:
         chosen = [order[i] for i in chunk]
@@ -89,13 +91,15 @@ def sample(
     return answers
 
 
-def _prompts_at_once(model: nn.Module, each: int, longest: int) -> int:
-    """How many prompts of at most so many tokens are answered in one batch, `each` of them so many times."""
-    vocabulary = architecture.vocabulary(model)
-    if model.device.type != "cpu" or architecture.is_small(model):
-        return max(1, min(MAX_ROWS, MAX_LOGITS // vocabulary) // each)
-    rows = min(MAX_ROWS, MAX_LOGITS_OF_LARGE // vocabulary)
-    return max(1, min(rows // each, MAX_TOKENS_OF_LARGE // longest))
+def _prompts_at_once(model: nn.Module, each: int, apart: int, longest: int) -> int:
+    """How many prompts of at most so many tokens are answered in one batch, `each` of them so many times, `apart` of
+    which share nothing but the prompt."""
+    on_processor, is_small = model.device.type == "cpu", architecture.is_small(model)
+    logits = MAX_LOGITS_OF_LARGE if on_processor and not is_small else MAX_LOGITS
+    most = min(MAX_ROWS, logits // architecture.vocabulary(model)) // each
+    if on_processor:
+        most = min(most, MAX_APART // apart if is_small else MAX_TOKENS_OF_LARGE // longest)
+    return max(1, most)
 
 
 def _checked(model: nn.Module, site: str | None, deltas: Tensor | None, span: str, prompts: int) -> Tensor | None:

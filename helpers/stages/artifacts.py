@@ -26,6 +26,7 @@ from helpers.stages import keys
 
 MANIFEST = "manifest.json"
 VARIABLE = "DSTEER_ARTIFACTS"  # of the environment: where artefacts live instead
+READ = 32  # artefacts of a stage that a process keeps as they were read, where its callers share them
 UNFINISHED = "unfinished"  # a file that stands where something is missing for now, such as a judge's answer
 
 _making = ContextVar("making", default=True)
@@ -48,7 +49,10 @@ class Artifact:
     key: str
 
 
-def stage(make: Callable | None = None, *, unkeyed: Collection[str] = (), is_unfinished: Callable | None = None):
+def stage(
+    make: Callable | None = None, *, unkeyed: Collection[str] = (), is_unfinished: Callable | None = None,
+    read: Callable | None = None,
+):  # fmt: skip
     """Keep what a function makes: called again with arguments of the same content, it is read.
 
     A function whose first parameter is `folder` fills that folder, and its callers get the Artifact, without giving a
@@ -56,13 +60,15 @@ def stage(make: Callable | None = None, *, unkeyed: Collection[str] = (), is_unf
     unkeyed: parameters that decide how a thing is computed and not what.
     is_unfinished: whether something is missing for now in what was made: it is taken as it is by this process and made
     again by the next, which keeps it, with a warning, where that fails.
+    read: makes of what is kept what callers get. A process does so once for READ artefacts at a time, which all share.
     If the function raises, nothing is stored and nothing already stored is touched.
     """
     if make is None:
-        return functools.partial(stage, unkeyed=unkeyed, is_unfinished=is_unfinished)
+        return functools.partial(stage, unkeyed=unkeyed, is_unfinished=is_unfinished, read=read)
     keys.code_of(make.__module__)  # what is imported now: it may be edited while this process lives
     signature = inspect.signature(make)
     fills_a_folder = "folder" in signature.parameters
+    given = functools.lru_cache(READ)(lambda artifact: read(_restored(artifact))) if read else _restored
 
     def filled(folder: Path, arguments: dict) -> None:
         made = make(folder, **arguments) if fills_a_folder else make(**arguments)
@@ -79,7 +85,7 @@ def stage(make: Callable | None = None, *, unkeyed: Collection[str] = (), is_unf
         keyed = {name: value for name, value in arguments.items() if name not in unkeyed}
         key = keys.key_of(make, keyed)
         artifact = _fetched(make.__name__.lstrip("_"), key, keyed, lambda folder: filled(folder, arguments))
-        return artifact if fills_a_folder else _restored(artifact.path)
+        return artifact if fills_a_folder else given(artifact)
 
     return fetch
 
@@ -145,7 +151,8 @@ def _store(made, folder: Path) -> None:
         (folder / "value.json").write_text(json.dumps(made))
 
 
-def _restored(folder: Path):
+def _restored(artifact: Artifact):
+    folder = artifact.path
     if (folder / "tensors.safetensors").exists():
         return load_file(folder / "tensors.safetensors")
     if (folder / "table.json").exists():

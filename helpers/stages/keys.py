@@ -10,8 +10,9 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import packages_distributions, version
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,15 @@ from torch import Tensor
 from helpers.places import PROJECT
 
 OURS = "helpers"  # the package whose code counts
+PLAIN = {bool, int, float, str, type(None)}
+
+
+class Fixed(tuple):
+    """Items that many stages are handed and that nobody changes: their digest is taken once. It is that of a list."""
+
+    @cached_property
+    def digest(self) -> str:
+        return _digest(list(self), "items")
 
 
 def key_of(stage: Callable, arguments: dict) -> str:
@@ -35,7 +45,13 @@ def key_of(stage: Callable, arguments: dict) -> str:
 
 def digests(arguments: dict) -> dict[str, str]:
     """The sha256 of each argument's content."""
-    return {name: _sha256(json.dumps(_content(value, name), sort_keys=True)) for name, value in arguments.items()}
+    return {
+        name: value.digest if isinstance(value, Fixed) else _digest(value, name) for name, value in arguments.items()
+    }
+
+
+def _digest(value, name: str) -> str:
+    return _sha256(json.dumps(_content(value, name), sort_keys=True))
 
 
 def _content(value, name: str):
@@ -49,10 +65,8 @@ def _content(value, name: str):
         return [type(value).__qualname__, value.model_dump(mode="json")]
     if isinstance(value, dict):
         return ["dict", [[_content(k, name), _content(v, name)] for k, v in value.items()]]
-    if isinstance(value, list) and all(type(item) in (int, str) for item in value):  # long ones, quickly
-        return value
     if isinstance(value, list | tuple):
-        return [_content(item, name) for item in value]
+        return value if _is_plain(value) else [_content(item, name) for item in value]
     if isinstance(value, pd.DataFrame):
         return ["table", _content(value.to_dict("list"), name)]
     if isinstance(value, Tensor | np.ndarray | np.generic):
@@ -65,6 +79,17 @@ def _content(value, name: str):
     raise TypeError(
         f"The argument {name!r} holds a {type(value).__name__}, which no key can be made of: give it a `key`."
     )
+
+
+def _is_plain(value: list | tuple) -> bool:
+    """Whether nothing but plain values is in a list, at any depth: told by their types, since there may be many."""
+    level = value
+    while level:
+        nested = set(map(type, level)) - PLAIN
+        if any(not issubclass(kind, list | tuple) or hasattr(kind, "key") for kind in nested):
+            return False
+        level = list(chain.from_iterable(item for item in level if type(item) in nested))
+    return True
 
 
 @cache

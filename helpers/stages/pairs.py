@@ -2,20 +2,21 @@
 
 from dataclasses import asdict
 
-from helpers.data.preferences import SPLITS, PreferencePair, TaskBase, pair_from
+from helpers.data.preferences import Drawn, TaskBase, pair_from
 from helpers.stages.artifacts import stage
+from helpers.stages.keys import Fixed
 from helpers.stages.roles import Role
 
 
-@stage
+def _as_drawn(kept: dict[str, dict]) -> Drawn:
+    pairs = {split: Fixed(map(pair_from, rows)) for split, rows in kept["pairs"].items()}
+    return Drawn(pairs, kept["account"])
+
+
+@stage(read=_as_drawn)
 def drawn_pairs(task: TaskBase, base: Role) -> dict[str, dict]:
-    """The pairs of each split, as rows, and the account of what became of what they were drawn from."""
+    """The pairs that a task draws."""
     with base.opened() as model:
         drawn = task.draw(model, base.tokenizer())
     rows = {split: [asdict(pair) for pair in pairs] for split, pairs in drawn.pairs.items()}
     return {"pairs": rows, "account": drawn.account}
-
-
-def by_split(drawn: dict[str, dict]) -> dict[str, list[PreferencePair]]:
-    """The pairs that rows of `drawn_pairs` hold."""
-    return {split: [pair_from(row) for row in drawn["pairs"][split]] for split in SPLITS}

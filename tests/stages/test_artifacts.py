@@ -114,6 +114,19 @@ def test_a_table_and_tensors_come_back_as_they_were():
     assert calls == [True]
 
 
+def test_what_is_read_is_shared_by_those_who_ask_for_the_same(root):
+    stage, calls = returning([[1, 2], [3]], read=lambda kept: tuple(map(tuple, kept)))
+    first = stage(x=1)
+    assert first == ((1, 2), (3,)) and stage(x=1) is first and calls == [True]
+    other = stage(x=2)
+    assert other == first and other is not first
+    found = next(root.glob("made-*/value.json"))
+    found.write_text("[[9]]")  # sharing does not hide damage
+    with pytest.warns(UserWarning, match="It is computed again"):
+        assert stage(x=1) == stage(x=2) == first
+    assert len(calls) == 3
+
+
 def test_what_decides_only_how_a_thing_is_computed_is_in_no_key():
     stage, calls = returning(3, unkeyed=["quick"])
     assert stage(quick=True) == stage(quick=False) == 3 and calls == [True]

@@ -194,6 +194,28 @@ def test_arguments_count_by_what_they_hold():
     assert keys.digests({"x": Artifact(keys.PROJECT / "elsewhere", "k1")})["x"] == found[22]
 
 
+def test_fixed_items_count_as_a_list_of_them_and_are_digested_once(monkeypatch):
+    items = [Tokens([1, 2], [3]), Tokens([4], [])]
+    fixed = keys.Fixed(items)
+    assert keys.digests({"x": fixed}) == keys.digests({"x": items}) == keys.digests({"x": tuple(items)})
+    monkeypatch.setattr(keys, "_content", lambda *given: pytest.fail("digested again"))
+    keys.digests({"x": fixed}), keys.digests({"y": fixed})
+
+
+NESTED = [
+    [], [[]], [1, "1", None, 1.5, True], [Tokens([1], [2]), Tokens([3], [])], [[[1], "a"], ("b", [2, [3]])],
+    [1, [Recipe(), [2]], "3"], [[atlas_task()]], [{"a": [1]}, [{2: 3}]], [np.float64(0.5), [np.int64(2)]],
+    [Artifact(keys.PROJECT, "k1"), [1]], [(torch.zeros(2), "z")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NESTED, ids=range(len(NESTED)))
+def test_lists_of_plain_values_count_as_if_each_were_looked_at(monkeypatch, value):
+    quickly = keys.digests({"x": value})
+    monkeypatch.setattr(keys, "_is_plain", lambda value: False)
+    assert keys.digests({"x": value}) == quickly
+
+
 @pytest.mark.parametrize("value", [object(), Elsewhere(1), {1, 2}, lambda: 0, keys.PROJECT])
 def test_what_no_key_can_tell_of_is_refused(value):
     with pytest.raises(TypeError, match="The argument 'x' holds a"):
