@@ -149,6 +149,7 @@ def _fingerprint(path: Path) -> str:
     return _sha256(ast.dump(tree))
 
 
+@cache
 def _versions(package: str) -> dict[str, str]:
     """Of the distributions that an imported package comes from; none where it is not installed."""
     return {name: version(name) for name in _distributions().get(package, ())}

@@ -27,7 +27,7 @@ def house(tmp_path, monkeypatch):
 
 
 def forget():
-    for cached in (keys.code_of, keys._imports, keys._fingerprint):
+    for cached in (keys.code_of, keys._imports, keys._fingerprint, keys._versions):
         cached.cache_clear()
 
 
