@@ -226,8 +226,10 @@ def filled(text: str, ledger: Mapping[str, dict]) -> str:
 
 
 def number(x: float) -> str:
-    """A number for a reader: two decimals, and one digit of what is smaller than they can show."""
-    return f"{x:.0e}" if 0 < abs(x) < 1e-3 else f"{x:.2f}"
+    """A number for a reader: two decimals, a third below a tenth, and one digit of what is smaller than they show."""
+    if 0 < abs(x) < 1e-3:
+        return f"{x:.0e}"
+    return f"{x:.3f}" if 0 < abs(x) < 0.1 else f"{x:.2f}"
 
 
 def _rounded(x: float) -> float:

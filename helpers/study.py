@@ -28,7 +28,7 @@ from helpers.lm.batches import Tokens
 from helpers.lm.steering import SteeringVector
 from helpers.lm.training import _arguments as dpo_config
 from helpers.profiles import EMBEDDED
-from helpers.stages import examined, site_choice
+from helpers.stages import site_choice
 from helpers.stages.beliefs import beliefs
 from helpers.stages.divergences import divergences
 from helpers.stages.drift import drift, equally_far
@@ -90,11 +90,17 @@ class Study(Steered):
 
     def reward_margins(self, split: str) -> np.ndarray:
         """The implicit reward margin (m / beta) of each pair of a split, in nats: (N,)."""
-        return examined.reward_margins(self.lm.both, *self.encoded(split))
+        base, dpo = (self.log_ratios(role, self._nothing, split)["margin"].to_numpy() for role in loading.ROLES)
+        return dpo - base
 
-    def log_ratios(self, role: str, deltas: Tensor) -> pd.DataFrame:
-        """What each of `deltas`, (arms, d), added at `final` makes of the held-out pairs (stages/log_ratios.py)."""
-        return log_ratios(self.lm.role(role), *self.encoded("heldout"), deltas)
+    def log_ratios(self, role: str, deltas: Tensor, split: str = "heldout") -> pd.DataFrame:
+        """What each of `deltas`, (arms, d), added at `final` makes of a split's pairs (stages/log_ratios.py)."""
+        return log_ratios(self.lm.role(role), *self.encoded(split), deltas)
+
+    @property
+    def _nothing(self) -> Tensor:
+        """One arm that adds nothing at `final`, (1, d)."""
+        return torch.zeros(1, self.lm.unembedding.shape[1])
 
     def divergences(self, role: str, deltas: Tensor) -> pd.DataFrame:
         """How far each of `deltas`, (arms, d) or (arms, N, d), added at `final` leaves a model from its goal, which for
@@ -124,15 +130,14 @@ class Study(Steered):
 
     @property
     def logits_are_products(self) -> bool:
-        """Whether the base's logits are W h and nothing more, so that a constant vector tilts its distributions
-        alike."""
+        """Whether the base's logits are W h and no more, so that a constant vector tilts its distributions alike."""
         return has_products(self.lm.role("base"))
 
     def lead(self, role: str) -> np.ndarray:
         """By how many nats a model holds the true value likelier than the best other one, a value a fact that is asked
         for (the task's `facts_asked`)."""
-        nothing, asked = torch.zeros(1, self.lm.unembedding.shape[1]), self.task.facts_asked(self.pairs["heldout"])
-        return beliefs(self.lm.role(role), self.task, asked, nothing)["lead"].to_numpy()
+        asked = self.task.facts_asked(self.pairs["heldout"])
+        return beliefs(self.lm.role(role), self.task, asked, self._nothing)["lead"].to_numpy()
 
     def belief_clusters(self) -> np.ndarray:
         """What the questions of `lead` share, (K, N) labels, as `factors`: a fact that is asked apart is alone."""

@@ -126,10 +126,10 @@ def claims_table(ledger: dict[str, dict], folder: Path) -> str:
 
 
 def _whole(name: str, entry: dict, verdict: str, folder: Path) -> str:
-    controls = "; ".join(f"{key}: {_number(value)}" for key, value in entry["controls"].items())
+    controls = "; ".join(f"{key}: {claims.number(value)}" for key, value in entry["controls"].items())
     measured = f"{entry['metric']}: **{_measured(entry)}**"
     if len(entry["by_seed"]) > 1:
-        measured += f", each {', '.join(map(_number, entry['by_seed']))}"
+        measured += f", each {', '.join(map(claims.number, entry['by_seed']))}"
     measured += f", n = {entry['n']}" + (f"<br><sub>{controls}</sub>" if controls else "")
     figure = f"[{entry['figure']}]({entry['figure']}.png)"
     claim = f"{name} (§ {entry['section']})"
@@ -160,22 +160,16 @@ def _row(*cells: str) -> str:
 
 def _measured(entry: dict) -> str:
     """The value with its interval, where it has one."""
-    interval = f" [{_number(entry['ci_low'])}, {_number(entry['ci_high'])}]"
-    return _number(entry["value"]) + (interval if entry["ci_low"] < entry["ci_high"] else "")
+    interval = f" [{claims.number(entry['ci_low'])}, {claims.number(entry['ci_high'])}]"
+    return claims.number(entry["value"]) + (interval if entry["ci_low"] < entry["ci_high"] else "")
 
 
 def _region(entry: dict) -> str:
     low, high = entry["prediction"]
     if low is None or high is None:
         end = high if low is None else low
-        return f"{'below' if low is None else 'above'} {_number(end) if abs(end) > 1e-6 else 0}"
-    return f"{_number(low)} to {_number(high)}"
-
-
-def _number(value: float) -> str:
-    if 0 < abs(value) < 1e-3:
-        return f"{value:.1e}"
-    return f"{value:.3f}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
+        return f"{'below' if low is None else 'above'} {claims.number(end) if abs(end) > 1e-6 else 0}"
+    return f"{claims.number(low)} to {claims.number(high)}"
 
 
 def main() -> None:

@@ -7,9 +7,6 @@ import numpy as np
 import pandas as pd
 
 from helpers.data.preferences import PreferencePair, TaskBase
-from helpers.lm import likelihoods
-from helpers.lm.batches import Tokens
-from helpers.lm.loading import BaseAndPartner
 from helpers.stages.health import Health
 from helpers.stages.judgements import judgements
 from helpers.stages.roles import Both, Role
@@ -39,16 +36,6 @@ def examined(
     if "fact" in answers:
         measured["fact_loss"] = float(base_answers["fact"].mean() - answers["fact"].mean())
     return measured | fluency(answers, base_answers), answers
-
-
-def reward_margins(models: BaseAndPartner, chosen: Sequence[Tokens], rejected: Sequence[Tokens]) -> np.ndarray:
-    """The implicit reward margin (m / beta) of each pair, in nats: (N,)."""
-    margins = {}
-    for role in ("dpo", "base"):
-        with models.playing(role) as model:
-            one, other = (likelihoods.response_logps(model, answers) for answers in (chosen, rejected))
-        margins[role] = one - other
-    return margins["dpo"] - margins["base"]
 
 
 def fluency(answers: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
