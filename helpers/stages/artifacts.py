@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import places
-from helpers.stages import keys
+from helpers.stages import keys, memory
 
 MANIFEST = "manifest.json"
 VARIABLE = "DSTEER_ARTIFACTS"  # of the environment: where artefacts live instead
@@ -132,6 +132,7 @@ def _write(path: Path, manifest: dict, fill: Callable[[Path], None]) -> None:
     partial.mkdir(parents=True)
     try:
         fill(partial)
+        memory.give_back_much()
         manifest["files"] = _checksums(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         shutil.rmtree(path, ignore_errors=True)  # one left unfinished

@@ -4,7 +4,6 @@ For models this small, two processes of one thread do nearly twice the work of o
 computes it leaves in the artefact cache; one thread each, so that its bytes do not depend on how many there are.
 """
 
-import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import process_executor
 from tqdm import tqdm
 
-from helpers.stages import bars, engines
+from helpers.stages import bars, engines, memory
 
 
 @contextmanager
@@ -37,7 +36,7 @@ def each(function: Callable, items: Sequence, name: str) -> None:
     """
     if not items:
         return
-    _give_back()
+    memory.give_back()  # others are about to need it
     total = {"total": len(items), "leave": False}
     with engines.engine(len(items)) as seen, tqdm(desc=name, **total) as bar, bars.shown(bar) as folder:
         _WithBar(bar)(delayed(_alone)(function, item, seen, folder) for item in items)
@@ -55,13 +54,6 @@ class _WithBar(Parallel):
         self._bar.update(self.n_completed_tasks - self._bar.n)
 
 
-def _give_back() -> None:
-    """Return to the system what this process has freed and kept (Makefile), since others are about to need it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
 def _alone(function: Callable, item, seen: Path | None, folder: Path) -> None:
     if seen is not None:
         engines.look_for(seen)
@@ -70,4 +62,4 @@ def _alone(function: Callable, item, seen: Path | None, folder: Path) -> None:
     process_executor._MAX_MEMORY_LEAK_SIZE = math.inf
     with bars.told(folder):
         function(item)
-    _give_back()
+    memory.give_back()
