@@ -32,6 +32,7 @@ from helpers.stages import site_choice
 from helpers.stages.beliefs import beliefs
 from helpers.stages.divergences import divergences
 from helpers.stages.drift import drift, equally_far
+from helpers.stages.keys import Fixed
 from helpers.stages.log_ratios import log_ratios
 from helpers.stages.rank_k import rank_k_deltas
 from helpers.stages.roles import Role
@@ -219,9 +220,8 @@ class Study(Steered):
 class OfPrompts(Study):
     """A ready partner and its base on prompts alone: both read the partner's own answers to them."""
 
-    def prompts(self, split: str) -> list[list[int]]:
-        return [tokens.prompt for tokens in super().encoded(split)[0]]
+    def prompts(self, split: str) -> Fixed:
+        return Fixed(tokens.prompt for tokens in super().encoded(split)[0])
 
-    def encoded(self, split: str) -> tuple[list[Tokens], list[Tokens]]:
-        answered = self.answered("dpo", self.prompts(split))
-        return answered, answered
+    def encoded(self, split: str) -> tuple[Fixed, Fixed]:
+        return (Fixed(self.answered("dpo", self.prompts(split))),) * 2

@@ -287,6 +287,13 @@ def test_a_text_is_filled_with_what_was_measured_and_empty_where_something_was_n
     assert claims.filled("[0.1, 0.2] is no control", ledger) == "[0.1, 0.2] is no control"
 
 
+@pytest.mark.parametrize(
+    "x, told", [(0, "0.00"), (0.5, "0.50"), (-0.064, "-0.064"), (0.1, "0.10"), (0.003, "0.003"), (-4e-4, "-4e-04")]
+)
+def test_a_small_number_has_a_digit_more(x, told):
+    assert claims.number(x) == told
+
+
 def test_every_caveat_of_a_claim_was_measured_on_the_default_profile():
     ledger = json.loads((places.PROJECT / "figures" / "atlas" / "claims.json").read_text())
     assert claims.CLAIMS.keys() <= ledger.keys()  # ours need partners that move, such as both of a mixture's families

@@ -3,7 +3,7 @@
 Chapters 4 and 5 of a study (study.py); what a stage does stands in helpers/stages/.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,7 @@ class Steered(Subject):
         answered = self.answered("dpo", self.prompts("heldin")[:ANSWERED])
         return nearest_vector(*map(self.lm.role, loading.ROLES), answered, CONTEXTS, self.profile.seed)["vector"]
 
-    def answered(self, role: str, prompts: list[list[int]]) -> list[Tokens]:
+    def answered(self, role: str, prompts: Sequence[list[int]]) -> list[Tokens]:
         """Prompts with a model's first answers and an end to each: which, no KL depends on."""
         ends, most = encoding.ends(self.lm.tokenizer), self.profile.sizes.new_tokens
         return next(with_ends(prompts, self._sampled(role, prompts, self.profile.sizes.draws).first(), ends, most))
@@ -165,7 +165,7 @@ class Steered(Subject):
         asked = [encoding.encode(tokenizer, prompt).prompt for prompt in prompts]
         return decoding.texts(tokenizer, self._sampled("base", asked, 1).first())
 
-    def _sampled(self, role: str, prompts: list[list[int]], draws: int) -> Answers:
+    def _sampled(self, role: str, prompts: Sequence[list[int]], draws: int) -> Answers:
         sizes, seed = self.profile.sizes, self.profile.seed
         return sampled(self.lm.role(role), prompts, sizes.new_tokens, seed, draws, temperature=sizes.temperature)
 

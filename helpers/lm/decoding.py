@@ -3,7 +3,7 @@
 All arms of a comparison (doses, directions, loading) use the same random numbers for the same prompt and draw: adding
 Gumbel noise to the logits and taking the maximum samples exactly from the softmax (the Gumbel-max trick), and the noise
 depends only on the seed, the prompt's index, how many draws there are, which of them it is, and the step. Arms then
-differ by what was done to the model alone, and a sample does not depend on which others share its batch.
+differ by what was done to the model alone, and up to rounding a sample depends on no other that shares its batch.
 
 What arms and draws have in common is computed once: draws of one arm share all states and logits until they say
 different things. Steering at `final` moves what the unembedding reads and no state that a later token attends to, so
@@ -25,7 +25,9 @@ from transformers.utils import ModelOutput
 from helpers.lm import activations, architecture, batches, encoding, steering
 
 MAX_ROWS = 4096  # answers decoded at once
-MAX_APART = 1024  # of which so many may part ways from the first token on, each with keys and values of its own
+MAX_APART = (
+    1024  # and of a small model on a processor, where each needs keys and values of its own (`_prompts_at_once`)
+)
 MAX_LOGITS = 2**26  # in memory at once
 # Of a large model on a processor, where memory is scarcer: with a row of logits go its keys and values.
 MAX_LOGITS_OF_LARGE, MAX_TOKENS_OF_LARGE = 2**24, 2**14
@@ -92,8 +94,8 @@ def sample(
 
 
 def _prompts_at_once(model: nn.Module, each: int, apart: int, longest: int) -> int:
-    """How many prompts of at most so many tokens are answered in one batch, `each` of them so many times, `apart` of
-    which share nothing but the prompt."""
+    """How many prompts of at most so many tokens are answered in one batch, `each` of them so many times; `apart` of
+    these are taken to say different things."""
     on_processor, is_small = model.device.type == "cpu", architecture.is_small(model)
     logits = MAX_LOGITS_OF_LARGE if on_processor and not is_small else MAX_LOGITS
     most = min(MAX_ROWS, logits // architecture.vocabulary(model)) // each

@@ -60,7 +60,7 @@ def stage(
     unkeyed: parameters that decide how a thing is computed and not what.
     is_unfinished: whether something is missing for now in what was made: it is taken as it is by this process and made
     again by the next, which keeps it, with a warning, where that fails.
-    read: makes of what is kept what callers get. A process does so once for READ artefacts at a time, which all share.
+    read: makes what callers get of a returned value, once a process for READ of them at a time: none may change it.
     If the function raises, nothing is stored and nothing already stored is touched.
     """
     if make is None:
@@ -68,6 +68,7 @@ def stage(
     keys.code_of(make.__module__)  # what is imported now: it may be edited while this process lives
     signature = inspect.signature(make)
     fills_a_folder = "folder" in signature.parameters
+    assert not read or not (fills_a_folder or is_unfinished), "what is read is a value, and finished"
     given = functools.lru_cache(READ)(lambda artifact: read(_restored(artifact))) if read else _restored
 
     def filled(folder: Path, arguments: dict) -> None:
@@ -132,11 +133,11 @@ def _write(path: Path, manifest: dict, fill: Callable[[Path], None]) -> None:
     partial.mkdir(parents=True)
     try:
         fill(partial)
-        memory.give_back_much()
         manifest["files"] = _checksums(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         shutil.rmtree(path, ignore_errors=True)  # one left unfinished
         partial.rename(path)
+        memory.give_back_much()
         if (path / UNFINISHED).exists():
             _tried_here.add(path)
     finally:

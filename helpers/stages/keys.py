@@ -27,7 +27,7 @@ PLAIN = {bool, int, float, str, type(None)}
 
 
 class Fixed(tuple):
-    """Items that many stages are handed and that nobody changes: their digest is taken once. It is that of a list."""
+    """Items that many stages are handed and that nobody changes: an argument that is digested once, as a list is."""
 
     @cached_property
     def digest(self) -> str:

@@ -1,9 +1,10 @@
 """Memory that was freed and is kept for what comes next (Makefile): others may need it more."""
 
 import ctypes
-import resource
 
-MUCH = 3 * 2**29  # bytes: a process that has held more reads a large model, whose stages take longer than asking again
+import psutil
+
+MUCH = 3 * 2**29  # bytes: a process that holds more reads a large model, whose stages take longer than asking again
 
 
 def give_back() -> None:
@@ -15,5 +16,5 @@ def give_back() -> None:
 
 def give_back_much() -> None:
     """The same, where it may be much."""
-    if 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MUCH:
+    if psutil.Process().memory_info().rss > MUCH:
         give_back()

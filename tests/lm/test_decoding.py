@@ -261,6 +261,18 @@ def test_answers_do_not_depend_on_how_prompts_are_chunked(llama, monkeypatch, ro
     assert sample(llama, **kwargs) == whole
 
 
+@pytest.mark.parametrize(
+    "site, deltas, at_once",
+    [(None, None, 3), ("final", torch.stack([V, -V, 2 * V]), 3), ("resid[1]", torch.stack([V, -V, 2 * V]), 1)],
+)
+def test_where_arms_share_no_states_fewer_prompts_are_answered_at_once(llama, monkeypatch, site, deltas, at_once):
+    monkeypatch.setattr(decoding, "MAX_APART", 6)  # keys and values, of two draws each
+    batches, decode = [], decoding._decode
+    monkeypatch.setattr(decoding, "_decode", lambda *given: batches.append(len(given[3])) or decode(*given))
+    sample(llama, site=site, deltas=deltas, draws=2)
+    assert max(batches) == at_once and sum(batches) == len(PROMPTS) > 3
+
+
 def test_answers_come_by_arm_and_in_the_order_of_the_prompts(llama):
     deltas = torch.stack([torch.zeros(WIDTH), V])
     arms = sample(llama, seed=None, site="resid[2]", deltas=deltas)

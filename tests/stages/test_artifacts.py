@@ -127,6 +127,24 @@ def test_what_is_read_is_shared_by_those_who_ask_for_the_same(root):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("options", [{"is_unfinished": bool, "read": tuple}, {"read": tuple, "fills": True}])
+def test_only_finished_values_are_shared(options):
+    def made(folder: Path) -> None:
+        pytest.fail("made")
+
+    made.__module__ = "helpers.stages.tables"
+    with pytest.raises(AssertionError, match="what is read is a value, and finished"):
+        artifacts.stage(made, read=tuple) if options.pop("fills", False) else returning(3, **options)
+
+
+def test_what_was_read_long_ago_is_read_again(monkeypatch):
+    monkeypatch.setattr(artifacts, "READ", 2)
+    stage, calls = returning([1], read=tuple)
+    first, _, _ = stage(x=1), stage(x=2), stage(x=3)
+    again = stage(x=1)
+    assert again == first and again is not first and len(calls) == 3
+
+
 def test_what_decides_only_how_a_thing_is_computed_is_in_no_key():
     stage, calls = returning(3, unkeyed=["quick"])
     assert stage(quick=True) == stage(quick=False) == 3 and calls == [True]

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -200,6 +201,18 @@ def test_fixed_items_count_as_a_list_of_them_and_are_digested_once(monkeypatch):
     assert keys.digests({"x": fixed}) == keys.digests({"x": items}) == keys.digests({"x": tuple(items)})
     monkeypatch.setattr(keys, "_content", lambda *given: pytest.fail("digested again"))
     keys.digests({"x": fixed}), keys.digests({"y": fixed})
+
+
+class Keyed(NamedTuple):
+    """A tuple that a key of its own stands for."""
+
+    key: str
+    other: int
+
+
+def test_a_tuple_with_a_key_counts_by_it_wherever_it_is():
+    one, same, other = ([[Keyed(*held)], 1] for held in (("k", 1), ("k", 2), ("l", 1)))
+    assert keys.digests({"x": one}) == keys.digests({"x": same}) != keys.digests({"x": other})
 
 
 NESTED = [
