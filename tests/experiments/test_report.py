@@ -202,7 +202,7 @@ def test_answers_stand_beside_each_other_at_each_dose(trained):
 
 def test_of_prompts_alone_both_models_read_the_partners_answers(pair):
     (chosen, rejected), prompts = pair.encoded("heldout"), pair.prompts("heldout")
-    assert chosen == rejected and [tokens.prompt for tokens in chosen] == prompts
+    assert chosen == rejected and [tokens.prompt for tokens in chosen] == list(prompts)
     with pair.lm.playing("dpo") as model:
         sizes = pair.profile.sizes
         said = decoding.sample(model, pair.lm.tokenizer, prompts, sizes.new_tokens, 0, draws=sizes.draws)[0]
