@@ -91,7 +91,7 @@ class Study(Steered):
 
     def reward_margins(self, split: str) -> np.ndarray:
         """The implicit reward margin (m / beta) of each pair of a split, in nats: (N,)."""
-        base, dpo = (self.log_ratios(role, self._nothing, split)["margin"].to_numpy() for role in loading.ROLES)
+        base, dpo = (self.log_ratios(role, self.nothing, split)["margin"].to_numpy() for role in loading.ROLES)
         return dpo - base
 
     def log_ratios(self, role: str, deltas: Tensor, split: str = "heldout") -> pd.DataFrame:
@@ -99,7 +99,7 @@ class Study(Steered):
         return log_ratios(self.lm.role(role), *self.encoded(split), deltas)
 
     @property
-    def _nothing(self) -> Tensor:
+    def nothing(self) -> Tensor:
         """One arm that adds nothing at `final`, (1, d)."""
         return torch.zeros(1, self.lm.unembedding.shape[1])
 
@@ -138,7 +138,7 @@ class Study(Steered):
         """By how many nats a model holds the true value likelier than the best other one, a value a fact that is asked
         for (the task's `facts_asked`)."""
         asked = self.task.facts_asked(self.pairs["heldout"])
-        return beliefs(self.lm.role(role), self.task, asked, self._nothing)["lead"].to_numpy()
+        return beliefs(self.lm.role(role), self.task, asked, self.nothing)["lead"].to_numpy()
 
     def belief_clusters(self) -> np.ndarray:
         """What the questions of `lead` share, (K, N) labels, as `factors`: a fact that is asked apart is alone."""

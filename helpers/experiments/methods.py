@@ -53,7 +53,7 @@ def answer_states(s: Study) -> tuple[Tensor, Tensor]:
 
 def kl_of(s: Study, role: Role) -> np.ndarray:
     """KL(model || base) on the base's answers to validation prompts, nats an answer: (N,)."""
-    answered, nothing = s.answered("base", s.prompts("validation")), torch.zeros(1, s.lm.unembedding.shape[1])
+    answered, nothing = s.answered("base", s.prompts("validation")), s.nothing
     return divergences(s.lm.role("base"), role, answered, nothing)["kl"].to_numpy()
 
 

@@ -25,9 +25,7 @@ from transformers.utils import ModelOutput
 from helpers.lm import activations, architecture, batches, encoding, steering
 
 MAX_ROWS = 4096  # answers decoded at once
-MAX_APART = (
-    1024  # and of a small model on a processor, where each needs keys and values of its own (`_prompts_at_once`)
-)
+MAX_APART = 1024  # and of a small model on a processor, where each needs keys and values of its own
 MAX_LOGITS = 2**26  # in memory at once
 # Of a large model on a processor, where memory is scarcer: with a row of logits go its keys and values.
 MAX_LOGITS_OF_LARGE, MAX_TOKENS_OF_LARGE = 2**24, 2**14

@@ -24,10 +24,8 @@ print(before - psutil.Process().memory_info().rss)
 
 @pytest.mark.parametrize("more, returned", [("- 1", True), ("+ 2**26", False)], ids=["it holds more", "it holds less"])
 def test_what_was_freed_is_given_back_where_a_process_holds_much(more, returned):
-    kept = {
-        "MALLOC_MMAP_THRESHOLD_": "33554432",
-        "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    }  # what the Makefile sets at least
+    # What the Makefile sets at least.
+    kept = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
     command = [sys.executable, "-c", FREED.format(more=more)]
     found = subprocess.run(command, env=os.environ | kept, cwd=places.PROJECT, capture_output=True, check=True)
     assert (int(found.stdout) > 2**28) == returned
